@@ -1,0 +1,394 @@
+#!/usr/bin/env python3
+"""What observing costs vLLM's engine on a GPU, beside what else gives hidden states there.
+
+    python bench/gpu_vllm.py [variant ...] [--rounds 5] [--save bench/results]     (`make gpu-bench-vllm` has what it needs)
+    python bench/gpu_vllm.py --tiny                                                 the same with a tiny model, on the CPU too: to try it out
+
+vLLM's asynchronous engine, compile and CUDA graphs as it chooses them, random weights of Qwen3-4B's shape in bf16; 16 tokens of prompt and 128 generated,
+at batch 1, 32 and 256, and requests that arrive at random (Poisson) at 80 % of what batch 256 reached. An engine that nobody observes stays up; each
+variant has an engine in a process of its own beside it, and the two take turns, the other idle, either first as often. Figures are medians over rounds,
+ratios those of the turns of one round.
+
+residual          36 residuals, the final norm and the logits, full, into bench/sink: drained, sliced by request, checksummed, discarded
+statistics        every site that the model has, at level stats, into `dmi serve` and its store
+hidden-states     vLLM's own extraction (extract_hidden_states, ExampleHiddenStatesConnector) of the same 36 layers
+vllm-lens         vllm-lens's output_residual_stream of the same 36 layers, where it is installed
+transformer-lens  TransformerLens's vLLM driver, where it is installed. It knows no decoding: prompts of 128 tokens run once, all residuals captured,
+                  against the unobserved engine generating one token from the same prompts
+
+What a variant cannot run it says, and the result has it as a note. Blocks of the key-value cache are given for each: what its memory costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import result
+
+ROOT = Path(__file__).resolve().parent.parent
+VARIANTS = ("residual", "statistics", "hidden-states", "vllm-lens", "transformer-lens")
+START_S = 900
+ANSWER_S = 900
+
+
+# ------------------------------------------------------------------ an engine, in a process of its own
+class Asked:
+    """vLLM's asynchronous engine, which does what lines of JSON say."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        self.vocabulary = job["vocabulary"]
+        self.extra = job.get("extra")
+        self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**job["engine"]))
+        self.turns = 0
+
+    def facts(self) -> dict[str, Any]:
+        return {"kv_blocks": self.engine.vllm_config.cache_config.num_gpu_blocks}
+
+    async def load(self, arrivals: Sequence[float], prompt: int, tokens: int) -> dict[str, Any]:
+        """Requests at those seconds. Seconds of all, and of each request's first token and of each token after."""
+        self.turns += 1
+        choose = random.Random(self.turns)
+        first: list[float] = []
+        between: list[float] = []
+        begun = time.perf_counter()
+        await asyncio.gather(*(self._request(f"{self.turns}-{i}", begun + at, [choose.randrange(self.vocabulary) for _ in range(prompt)], tokens, first, between)
+                               for i, at in enumerate(arrivals)))  # fmt: skip
+        return {"seconds": time.perf_counter() - begun, "tokens": len(arrivals) * tokens, "first": first, "between": between}
+
+    async def _request(self, key: str, at: float, prompt: list[int], tokens: int, first: list[float], between: list[float]) -> None:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        parameters = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA, extra_args=self.extra)
+        await asyncio.sleep(max(0.0, at - time.perf_counter()))
+        last = sent = time.perf_counter()
+        came = 0
+        async for output in self.engine.generate({"prompt_token_ids": prompt}, parameters, key):
+            now, new = time.perf_counter(), len(output.outputs[0].token_ids)
+            if new and last == sent:
+                first.append(now - sent)
+                between += [0.0] * (new - 1)
+            elif new:
+                between += [(now - last) / new] * new
+            last = now if new else last
+            came += new
+        if came != tokens:
+            raise RuntimeError(f"request {key} has {came} tokens of {tokens}")
+
+    async def status(self) -> dict[str, Any]:
+        await self.engine.collective_rpc("dmi_flush")
+        return dict((await self.engine.collective_rpc("dmi_status"))[0])
+
+    async def serve(self, answer: Any) -> None:
+        answer(self.facts())
+        loop = asyncio.get_running_loop()
+        while line := await loop.run_in_executor(None, sys.stdin.readline):
+            ask = json.loads(line)
+            answer(await getattr(self, ask.pop("what"))(**ask))
+        self.engine.shutdown()
+
+
+class Bridge:
+    """TransformerLens's driver, asked in the same way. One forward over prompts, no decoding."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        from transformer_lens.model_bridge.sources.vllm import boot_vllm
+
+        engine = job["engine"]
+        keep = {name: engine[name] for name in ("load_format", "gpu_memory_utilization", "max_model_len", "kv_cache_memory_bytes") if name in engine}
+        self.driver = boot_vllm(engine["model"], enable_batching=True, max_num_batched_tokens=job["most"], **keep)._driver
+        self.names = tuple(name for name in sorted(self.driver.supported_hook_points) if re.fullmatch(r"blocks\.\d+\.hook_out", name))
+        self.vocabulary = job["vocabulary"]
+
+    async def load(self, arrivals: Sequence[float], prompt: int, tokens: int) -> dict[str, Any]:
+        prompts = [[random.randrange(self.vocabulary) for _ in range(prompt)] for _ in arrivals]
+        begun = time.perf_counter()
+        self.driver.forward(prompts, capture=self.names, return_logits=False)
+        took = time.perf_counter() - begun
+        return {"seconds": took, "tokens": len(arrivals) * prompt, "first": [took] * len(arrivals), "between": []}
+
+    async def serve(self, answer: Any) -> None:
+        answer({"kv_blocks": 0})
+        for line in sys.stdin:
+            ask = json.loads(line)
+            answer(await getattr(self, ask.pop("what"))(**ask))
+
+
+def engine_process(job: dict[str, Any]) -> None:
+    told = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what vLLM prints is no answer
+
+    def answer(message: dict[str, Any]) -> None:
+        print(json.dumps(message), file=told, flush=True)
+
+    async def run() -> None:
+        await (Bridge if job["variant"] == "transformer-lens" else Asked)(job).serve(answer)
+
+    asyncio.run(run())
+
+
+class Process:
+    """The parent's end of an engine."""
+
+    def __init__(self, name: str, job: dict[str, Any], environ: dict[str, str], logs: Path) -> None:
+        self.name, self.log = name, logs / f"{name}.log"
+        environment = {**os.environ, "VLLM_USE_FLASHINFER_SAMPLER": "0", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", **environ}
+        print(f"{name}: starting its engine, minutes the first time", flush=True)
+        with open(self.log, "w") as log:
+            self.process = subprocess.Popen([sys.executable, __file__, "--engine", json.dumps(job)], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                            stderr=log, text=True)  # fmt: skip
+        self.facts = self._answer(START_S)
+
+    def _answer(self, timeout_s: float) -> dict[str, Any]:
+        import select
+
+        assert self.process.stdout is not None
+        ready, _, _ = select.select([self.process.stdout], [], [], timeout_s)
+        line = self.process.stdout.readline() if ready else ""
+        if not line:
+            self.process.kill()
+            raise NotRun(self.log.read_text(errors="replace").strip().splitlines()[-1:] or ["it said nothing"])
+        return dict(json.loads(line))
+
+    def ask(self, what: str, **arguments: Any) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        print(json.dumps({"what": what, **arguments}), file=self.process.stdin, flush=True)
+        return self._answer(ANSWER_S)
+
+    def close(self) -> None:
+        if self.process.stdin is not None:
+            with contextlib.suppress(OSError):
+                self.process.stdin.close()
+        try:
+            self.process.wait(120)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+
+
+class NotRun(Exception):
+    """A variant that cannot be had here."""
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        super().__init__(" ".join(lines)[:300])
+
+
+# ------------------------------------------------------------------ what is measured
+def model_folder(folder: Path, tiny: bool) -> dict[str, Any]:
+    """A configuration without weights."""
+    from transformers import Qwen3Config
+
+    shape = dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128, vocab_size=151936)
+    if tiny:
+        shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=32, vocab_size=512)
+    config = Qwen3Config(**shape, max_position_embeddings=4096, tie_word_embeddings=True, architectures=["Qwen3ForCausalLM"])
+    config.save_pretrained(folder)
+    return shape
+
+
+@contextlib.contextmanager
+def variant(name: str, given: argparse.Namespace, engine: dict[str, Any], shape: dict[str, Any], folder: Path) -> Iterator[Process]:
+    """Its engine, and where its captures go."""
+    layers, environ = shape["num_hidden_layers"], {"VLLM_LENS_DISABLE": "1"}
+    job: dict[str, Any] = {"variant": name, "engine": dict(engine), "vocabulary": shape["vocab_size"], "most": 16384}
+    with contextlib.ExitStack() as stack:
+        if name == "residual":
+            environ["DMI_ENGINE"] = stack.enter_context(engine_of([str(ROOT / "bin" / "bench-sink"), str(folder / "sink")], folder / "sink"))
+            environ["DMI_HOOKS"] = "blocks.*.hook_resid_post ln_final.hook_out logits"
+        elif name == "statistics":
+            dmi = os.environ.get("DMI_BIN") or str(ROOT / "bin" / "dmi")
+            environ["DMI_ENGINE"] = stack.enter_context(engine_of([dmi, "serve", "--store", str(folder / "store")], folder / "store"))
+            environ["DMI_HOOKS"] = "**"
+            (folder / "policy.yaml").write_text("default: stats\n")
+            subprocess.run([dmi, "policy", "set", str(folder / "policy.yaml"), "--store", str(folder / "store")], check=True, stdout=subprocess.DEVNULL)
+        elif name == "hidden-states":
+            job["engine"]["speculative_config"] = {"method": "extract_hidden_states", "num_speculative_tokens": 1,
+                                                   "draft_model_config": {"hf_config": {"eagle_aux_hidden_state_layer_ids": list(range(1, layers + 1))}}}  # fmt: skip
+            job["engine"]["kv_transfer_config"] = {"kv_connector": "ExampleHiddenStatesConnector", "kv_role": "kv_producer",
+                                                   "kv_connector_extra_config": {"shared_storage_path": str(folder / "hidden")}}  # fmt: skip
+            (folder / "hidden").mkdir(exist_ok=True)
+        elif name == "vllm-lens":
+            import importlib.util
+
+            if importlib.util.find_spec("vllm_lens") is None:
+                raise NotRun(["vllm_lens is not installed"])
+            environ = {}
+            job["extra"] = {"output_residual_stream": list(range(layers))}
+        process = Process(name, job, environ, folder)
+        try:
+            yield process
+        finally:
+            process.close()
+
+
+@contextlib.contextmanager
+def engine_of(command: list[str], store: Path) -> Iterator[str]:
+    """An engine of ours; its control socket."""
+    with open(f"{store}.log", "w") as log:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log)
+    deadline = time.monotonic() + 60
+    while not (store / "engine.sock").exists():
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise SystemExit(f"{command[0]} did not start: {Path(f'{store}.log').read_text()[-500:]}")
+        time.sleep(0.05)
+    try:
+        yield str(store / "engine.sock")
+    finally:
+        process.terminate()
+        process.wait(120)
+
+
+def p99(values: Sequence[float]) -> float:
+    return sorted(values)[int(0.99 * (len(values) - 1))]
+
+
+class Bench:
+    def __init__(self, given: argparse.Namespace, plain: Process) -> None:
+        self.given, self.plain = given, plain
+        self.rows: list[dict[str, Any]] = []
+        self.notes: list[str] = []
+        self.raw: dict[str, Any] = {}
+        self.prompt, self.tokens = (8, 6) if given.tiny else (16, 128)
+        self.batches = (1, 4) if given.tiny else (1, 32, 256)
+        self.rate = 0.0  # of arrivals, a second
+
+    def row(self, metric: str, value: float, unit: str, **rest: Any) -> None:
+        self.rows.append(result.row(metric, value, unit, **rest))
+        ratio = self.rows[-1]["ratio"]
+        met = {None: "", True: "  yes", False: "  NO"}[self.rows[-1]["met"]]
+        print(f"{metric:78} {value:12.3f} {unit:9}" + ("" if ratio is None else f" x{ratio:.4f}") + f"  {rest.get('goal', '')}{met}", flush=True)
+
+    def saturate(self) -> None:
+        """How many requests a second the unobserved engine ends with its largest batch."""
+        arrivals = [0.0] * self.batches[-1]
+        self.plain.ask("load", arrivals=arrivals, prompt=self.prompt, tokens=self.tokens)
+        came = self.plain.ask("load", arrivals=arrivals, prompt=self.prompt, tokens=self.tokens)
+        self.rate = 0.8 * len(arrivals) / came["seconds"]
+        self.row("requests a second that arrive at random, 80 % of saturation", self.rate, "1/s")
+
+    def arrivals(self) -> list[float]:
+        choose, at = random.Random(1), 0.0
+        out = []
+        for _ in range(8 if self.given.tiny else max(64, int(15 * self.rate))):
+            at += choose.expovariate(self.rate)
+            out.append(at)
+        return out
+
+    def compare(self, process: Process, what: str, arrivals: Sequence[float], goal: float | None) -> None:
+        """Turns of the variant and of the unobserved engine. `goal`: of the median throughput's loss, twice that at p99 between tokens."""
+        turns: dict[str, list[dict[str, Any]]] = {"ours": [], "plain": []}
+        for number in range(self.given.rounds + 1):  # the first warms up
+            order = [("ours", process), ("plain", self.plain)][:: 1 if number % 2 else -1]
+            for side, engine in order:
+                turns[side].append(engine.ask("load", arrivals=list(arrivals), prompt=self.prompt, tokens=self.tokens))
+        ours, plain = turns["ours"][1:], turns["plain"][1:]
+        self.raw[f"{process.name}, {what}"] = {side: [{"seconds": t["seconds"]} for t in list_] for side, list_ in (("ours", ours), ("plain", plain))}
+        figures = {
+            "tokens a second": ("1/s", lambda t: t["tokens"] / t["seconds"], True),
+            "first token, median": ("ms", lambda t: 1e3 * statistics.median(t["first"]), False),
+            "first token, p99": ("ms", lambda t: 1e3 * p99(t["first"]), False),
+            "between tokens, median": ("ms", lambda t: 1e3 * statistics.median(t["between"]), False),
+            "between tokens, p99": ("ms", lambda t: 1e3 * p99(t["between"]), False),
+        }
+        for name, (unit, figure, more_is_better) in figures.items():
+            ratio = statistics.median(figure(a) / figure(b) for a, b in zip(ours, plain, strict=True))
+            bound = None if goal is None or name.startswith("first") else goal * (2 if name.endswith("p99") else 1)
+            met = None if bound is None else (ratio >= 1 - bound if more_is_better else ratio <= 1 + bound)
+            wanted = "" if bound is None else (f">= {1 - bound:.2f}" if more_is_better else f"<= {1 + bound:.2f}") + " of unobserved"
+            self.row(f"{process.name}, {what}: {name}", statistics.median(map(figure, ours)), unit, baseline=statistics.median(map(figure, plain)), ratio=ratio, goal=wanted, met=met)
+
+    def prompts_alone(self, process: Process) -> None:
+        """Prompts run once, for who knows no decoding; against the unobserved engine generating one token."""
+        length, count = (8, 2) if self.given.tiny else (128, 32)
+        ours, plain = [], []
+        for number in range(self.given.rounds + 1):
+            for side, engine in [(ours, process), (plain, self.plain)][:: 1 if number % 2 else -1]:
+                side.append(engine.ask("load", arrivals=[0.0] * count, prompt=length, tokens=1)["seconds"])
+        ratio = statistics.median(a / b for a, b in zip(ours[1:], plain[1:], strict=True))
+        self.row(f"{process.name}: {count} prompts of {length} tokens", 1e3 * statistics.median(ours[1:]), "ms", baseline=1e3 * statistics.median(plain[1:]), ratio=ratio)
+
+    def measure(self, name: str, process: Process) -> None:
+        if name == "transformer-lens":
+            self.prompts_alone(process)
+            return
+        blocks = self.plain.facts["kv_blocks"]
+        self.row(f"{name}: blocks of the key-value cache", process.facts["kv_blocks"], "blocks", baseline=blocks)
+        for batch in self.batches:
+            goal = {"residual": 0.01, "statistics": 0.02 if batch <= 32 else None}.get(name)
+            self.compare(process, f"batch {batch}", [0.0] * batch, goal)
+        self.compare(process, "arriving at random", self.arrivals(), {"residual": 0.01}.get(name))
+        if name in ("residual", "statistics"):
+            status = process.ask("status")
+            if not status["observed"]:
+                raise NotRun([f"served unobserved: {status['reason']}"])
+            lost = sum(status["ring"]["rows"].values())
+            self.row(f"{name}: sites", status["sites"], "sites")
+            self.row(f"{name}: rows that were not captured", lost, "rows", goal="0", met=lost == 0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("variants", nargs="*", default=VARIANTS, help=", ".join(VARIANTS))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--save", type=Path)
+    parser.add_argument("--commit", default="")
+    parser.add_argument("--engine", help=argparse.SUPPRESS)  # this file as an engine's process
+    given = parser.parse_args()
+    if given.engine:
+        engine_process(json.loads(given.engine))
+        return
+    unknown = set(given.variants) - set(VARIANTS)
+    if unknown:
+        parser.error(f"{', '.join(sorted(unknown))}: give some of {', '.join(VARIANTS)}")
+    import torch
+
+    cuda = torch.cuda.is_available()
+    if not cuda and not given.tiny:
+        raise SystemExit("gpu_vllm: there is no GPU here; --tiny tries it out on the CPU")
+    with tempfile.TemporaryDirectory(prefix="dmi-vllm-") as temporary:
+        folder = Path(temporary)
+        shape = model_folder(folder / "model", given.tiny)
+        engine = {"model": str(folder / "model"), "load_format": "dummy", "skip_tokenizer_init": True, "dtype": "bfloat16" if cuda else "float32", "max_model_len": 512,
+                  "max_num_seqs": 256, "enable_prefix_caching": False}  # fmt: skip
+        engine |= {"gpu_memory_utilization": 0.42} if cuda else {"kv_cache_memory_bytes": 64 << 20, "enforce_eager": True}
+        plain = Process("unobserved", {"variant": "unobserved", "engine": engine, "vocabulary": shape["vocab_size"]}, {"VLLM_LENS_DISABLE": "1", "DMI_DISABLE": "1"}, folder)
+        bench = Bench(given, plain)
+        try:
+            bench.saturate()
+            for name in given.variants:
+                try:
+                    with variant(name, given, engine, shape, folder) as process:
+                        bench.measure(name, process)
+                except NotRun as reason:
+                    bench.notes.append(f"{name} was not run, or not to its end: {reason}")
+                    print(bench.notes[-1], flush=True)
+        finally:
+            plain.close()
+    if given.save:
+        import vllm
+
+        where = torch.cuda.get_device_name().replace(" ", "-") if cuda else f"{os.cpu_count()}core"
+        note = f"vLLM {vllm.__version__}, {given.rounds} rounds" + ("; a tiny model: its figures say nothing but that it runs" if given.tiny else "") + "".join(f"; {note}" for note in bench.notes)
+        short = (where.split("-")[1] if cuda else where) + ("-tiny" if given.tiny else "")
+        print("written to", result.write("gpu_vllm", bench.rows, folder=given.save, commit=given.commit, machine=f"{where}, torch {torch.__version__}", short=short, note=note, raw=bench.raw))
+
+
+if __name__ == "__main__":
+    main()

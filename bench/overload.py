@@ -1,0 +1,239 @@
+#!/usr/bin/env python3
+"""What an overloaded engine costs the model, and how long until everything is captured again after it.
+
+    python bench/overload.py [--seconds N] [--device cuda] [--save]
+
+Two copies of one model take turns, step by step, one observed and one not, either first as often; the figure is the median of the
+ratios of neighbouring steps, by the clock and by the thread's own processor time, which other programs disturb less. In best-effort mode: the disk takes a tenth of what comes (an engine built with `-tags slowdisk`), then all again; then the
+engine is stopped for 10 s, and goes on. Afterwards the books are held against what was computed. In complete mode the disk is slow
+for a while: nothing may be lost, and the wait is reported. On a GPU both models run in CUDA graphs. Needs Go, or what it makes of `make
+gpu-bench`, bin/dmi-slowdisk. `--save` writes bench/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import result
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import dmi
+
+ROOT = Path(__file__).resolve().parent.parent
+HOOKS = ["blocks.*.hook_resid_post", "blocks.*.hook_attn_out", "blocks.*.hook_mlp_out"]
+POLICY = """
+rules:
+- {name: residual, hooks: "blocks.*.hook_resid_post", level: full, priority: 5}
+- {name: the rest, hooks: "blocks.**", level: full}
+"""
+
+
+class Turn(NamedTuple):
+    observed: float
+    plain: float
+    observed_cpu: float
+    plain_cpu: float
+
+
+class Bench:
+    def __init__(self, store: Path, mode: str, device: str) -> None:
+        torch.manual_seed(0)
+        self.gpu = device != "cpu"
+        d = 2048 if self.gpu else 512
+        config = LlamaConfig(hidden_size=d, intermediate_size=3 * d, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4, vocab_size=1024)
+        self.plain = LlamaForCausalLM(config).to(device).eval()
+        self.model = LlamaForCausalLM(config).to(device).eval()
+        self.ids = torch.randint(1, 1024, (8, 64) if self.gpu else (1, 64), device=device)
+        self.rows = torch.ones(self.ids.shape, dtype=torch.int64)
+        self.speed = store.parent / f"{store.name}.disk_bytes_per_s"
+        self.speed.write_text("0")
+        self.session = dmi.attach(self.model, HOOKS, store=store, mode=mode, ring_mib=8, staging_mib=8, wait_bound_s=120)
+        self.engine = int(json.loads((store / "engine.json").read_text())["pid"])
+        self.tokens = self.turns = 0
+        if self.gpu:
+            with torch.no_grad():
+                self.plainly, self.observedly = self.graph(self.plain), self.graph(self.model)
+
+    def graph(self, model: Any) -> torch.cuda.CUDAGraph:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            model(self.ids, use_cache=False)
+        torch.cuda.current_stream().wait_stream(side)
+        if model is self.model:
+            self.tokens += self.ids.numel()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            model(self.ids, use_cache=False)
+        return graph
+
+    def forward(self, observed: bool) -> None:
+        if not self.gpu:
+            (self.model if observed else self.plain)(self.ids, use_cache=False)
+            return
+        if observed:
+            with self.session.step(rows=self.rows):
+                self.observedly.replay()
+        else:
+            self.plainly.replay()
+        torch.cuda.synchronize()
+
+    def turn(self) -> Turn:
+        """Seconds of a step observed, and of one that is not."""
+        took: dict[bool, tuple[float, float]] = {}
+        self.turns += 1
+        for observed in (True, False) if self.turns % 2 else (False, True):
+            begun, used = time.perf_counter(), time.thread_time()
+            self.forward(observed)
+            took[observed] = time.perf_counter() - begun, time.thread_time() - used
+        self.tokens += self.ids.numel()
+        return Turn(took[True][0], took[False][0], took[True][1], took[False][1])
+
+    def run(self, seconds: float) -> list[Turn]:
+        end, turns = time.monotonic() + seconds, []
+        while time.monotonic() < end:
+            turns.append(self.turn())
+        return turns
+
+    def until_whole(self, bound_s: float = 60) -> float:
+        """Seconds of running until every rule is at its own level, and a step captured whole."""
+        begun = time.monotonic()
+        whole = threading.Event()
+
+        def watch() -> None:
+            while time.monotonic() - begun < bound_s and not whole.is_set():
+                if not self.session.policy.get()["revision"]["lowered"]:
+                    whole.set()
+                time.sleep(0.02)
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        while True:
+            was, before = whole.is_set(), self.lost()
+            self.turn()
+            if was and self.lost() == before:
+                break
+            if time.monotonic() - begun > bound_s:
+                raise SystemExit(f"overload: rules are still lowered {bound_s} s after relief: {self.session.policy.get()['revision']}")
+        took = time.monotonic() - begun
+        watcher.join()
+        return took
+
+    def lost(self) -> int:
+        return sum(self.session.status()["ring"]["rows"].values())
+
+
+def best_effort(store: Path, seconds: float, device: str, row: Callable[..., None]) -> None:
+    b = Bench(store, "best-effort", device)
+    bound = 1.01 if b.gpu else 1.03
+    with b.session as session, torch.no_grad():
+        session.policy.set(POLICY)
+        b.run(2)  # warming up
+        figures = {"nothing is wrong": b.run(seconds)}
+        demand = sum(r["bytes_per_s"] or 0 for r in session.policy.get()["rules"])
+        row("captured when nothing is wrong", demand / 1e6, "MB/s")
+        b.speed.write_text(str(demand / 10))
+        lost = b.lost()
+        b.run(max(5, seconds / 3))  # until it is felt
+        figures["disk at a tenth of the demand"] = b.run(seconds)
+        lowered = session.policy.get()["revision"]["lowered"]
+        row("rows reduced or dropped while the disk is slow", b.lost() - lost, "rows")
+        row("rules lowered while the disk is slow", len(lowered), "rules")
+        b.speed.write_text("0")
+        row("from a fast disk to full fidelity", b.until_whole(), "s", goal="<= 2", met=lambda v: v <= 2)
+        b.run(2)
+        lost = b.lost()
+        os.kill(b.engine, signal.SIGSTOP)
+        try:
+            figures["engine stopped for 10 s"] = b.run(10)
+        finally:
+            os.kill(b.engine, signal.SIGCONT)
+        row("rows dropped while the engine is stopped", b.lost() - lost, "rows")
+        row("from the engine going on to full fidelity", b.until_whole(), "s", goal="<= 2", met=lambda v: v <= 2)
+        for name, turns in figures.items():
+            ratio = statistics.median(t.observed / t.plain for t in turns)
+            calm = name.startswith("nothing")
+            row(f"step, {name}", 1e3 * statistics.median(t.observed for t in turns), "ms", baseline=1e3 * statistics.median(t.plain for t in turns), ratio=ratio,
+                goal="" if calm else f"<= {bound} of unobserved", met=None if calm else lambda _, ratio=ratio: ratio <= bound)  # fmt: skip
+            row(f"processor time of a step, {name}", 1e3 * statistics.median(t.observed_cpu for t in turns), "ms",
+                baseline=1e3 * statistics.median(t.plain_cpu for t in turns), ratio=statistics.median(t.observed_cpu / t.plain_cpu for t in turns))  # fmt: skip
+        row("times that the model waited", session.status()["ring"]["waits"], "waits", goal="0", met=lambda v: v == 0)
+        session.flush()
+        books = session.coverage()
+        booked = sum(sum(reasons.values()) for reasons in books["outcomes"].values())
+        row("rows computed and not on the books", b.tokens * 24 - booked, "rows", goal="0", met=lambda v: v == 0)
+
+
+def complete(store: Path, seconds: float, device: str, row: Callable[..., None]) -> None:
+    b = Bench(store, "complete", device)
+    with b.session as session, torch.no_grad():
+        b.run(2)
+        begun = session.status()["ring"]["captured_bytes"]
+        b.run(3)
+        demand = (session.status()["ring"]["captured_bytes"] - begun) / 3
+        b.speed.write_text(str(demand / 10))
+        for _ in range(20):  # rings, staging and the engine's buffer take something in before the model has to wait
+            if session.status()["ring"]["wait_ns"] > 0:
+                break
+            b.run(seconds)
+        before = session.status()["ring"]["wait_ns"]
+        turns = b.run(seconds)
+        waited = (session.status()["ring"]["wait_ns"] - before) / 1e9
+        longer = sum(t.observed - t.plain for t in turns)
+        observed, plain = statistics.mean(t.observed for t in turns), statistics.mean(t.plain for t in turns)
+        row("step, complete mode, disk at a tenth of the demand, mean", 1e3 * observed, "ms", baseline=1e3 * plain, ratio=observed / plain)
+        b.speed.write_text("0")
+        session.flush()
+        row("wait reported in complete mode, of what its steps took longer", waited, "s", baseline=longer, goal="> 0", met=lambda v: v > 0)
+        row("wait reported in complete mode, all in all", session.status()["ring"]["wait_ns"] / 1e9, "s")
+        captured = sum(session.coverage()["outcomes"]["captured"].values())
+        row("rows lost in complete mode", b.tokens * 24 - captured, "rows", goal="0", met=lambda v: v == 0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=30, help="of each measurement")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--save", action="store_true")
+    given = parser.parse_args()
+    engine = ROOT / "bin" / "dmi-slowdisk"
+    if shutil.which("go") is None and not engine.exists():
+        raise SystemExit("overload: Go is needed, to build an engine whose disk can be slow")
+    if shutil.which("go") is not None:
+        subprocess.run(["go", "build", "-trimpath", "-tags", "slowdisk", "-o", str(engine), "./cmd/dmi"], cwd=ROOT, check=True, env={**os.environ, "CGO_ENABLED": "0"})
+    os.environ.update(DMI_BIN=str(engine), DMI_STORE_BUFFER_MIB="16", DMI_STORE_FLUSH_AGE_MS="100")
+    warnings.simplefilter("ignore", dmi.CaptureWarning)
+    torch.set_num_threads(1)  # the engine has the other cores
+    rows: list[dict[str, Any]] = []
+
+    def row(metric: str, value: float, unit: str, *, baseline: float | None = None, ratio: float | None = None, goal: str = "",
+            met: Callable[[float], bool] | None = None) -> None:  # fmt: skip
+        fine = None if met is None else bool(met(value))
+        rows.append(result.row(metric, value, unit, baseline=baseline, ratio=ratio, goal=goal, met=fine))
+        against = "" if ratio is None else f"  of {baseline:.2f}: x{ratio:.4f}"
+        print(f"{metric:58} {value:12.2f} {unit}{against}{'' if fine is None else '  ' + goal + (': yes' if fine else ': NO')}", flush=True)
+
+    with tempfile.TemporaryDirectory(prefix="dmi-overload-", dir=ROOT / "build") as folder:
+        best_effort(Path(folder) / "best", given.seconds, given.device, row)
+        complete(Path(folder) / "complete", given.seconds, given.device, row)
+    if given.save:
+        path = result.write("overload" if given.device == "cpu" else "gpu_overload", rows, torch=torch.__version__)
+        print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()

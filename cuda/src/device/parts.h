@@ -1,0 +1,381 @@
+// Levelled steps: the rows of a tensor that are wanted lie in parts, one for each level that some of them have, in row-list order. Rows of
+// a FULL part are copied; those of the others are computed, here, before they reach the ring. A warp has a row, or, where there are few and
+// they are long, a block has one.
+#pragma once
+
+#include "atomics.h"
+#include "elements.h"
+#include "rows.h"
+#include "state.h"
+
+namespace dmi::device {
+
+struct Part {
+  const Space* list;
+  uint32_t first, rows;  // in the row list
+  uint8_t level;         // of its payload
+  uint32_t row_bytes;    // of its payload
+  uint64_t at;           // its first byte, behind the tensor's first one
+};
+
+// Calls visit(part) for one part after the other; the last one for which it says false.
+template <typename Visit>
+DMI_HD void each_part(const Fixed& f, const Tensor& t, const Plan& p, Visit visit) {
+  uint32_t first = 0;
+  uint64_t at = 0;
+#ifdef __CUDA_ARCH__
+#pragma unroll 1  // `visit` may be long
+#endif
+  for (uint32_t level = 0; level < DMI_LEVEL_OFF; ++level) {
+    if (p.selection == 0 && level != p.level) continue;
+    const Space* list =
+        p.selection == 0 ? &f.space[t.space] : f.lists + (uint64_t{p.selection} - 1) * kListsEach + level * DMI_SPACES + t.space;
+    const uint32_t rows = list->rows;
+    if (rows == 0) continue;
+    const uint8_t own = level_for(uint8_t(level), t.dtype);
+    // What does not fit its site has no bytes, and may have no elements either.
+    const uint32_t bytes = p.fate != Fate::kCapture ? 0 : uint32_t(level_row_bytes(own, p.row_bytes / t.element, t.element));
+    if (!visit(Part{list, first, rows, own, bytes, at})) return;
+    first += rows;
+    at += aligned(uint64_t{rows} * bytes);
+  }
+}
+
+DMI_HD inline Plan plan_levelled(const Fixed& f, const Tensor& t) {
+  Plan p = plan_of(f, t);
+  if (p.fate == Fate::kOff || p.fate == Fate::kOutside) return p;
+  const Gate gate = f.gates[t.site];
+  p.selection = gate.selection;
+  p.level = gate.level == DMI_LEVEL_SAMPLED ? uint8_t{DMI_LEVEL_FULL} : gate.level;
+  const uint32_t all = p.rows;
+  p.rows = 0;
+  each_part(f, t, p, [&](const Part& part) {
+    p.rows += part.rows;
+    p.room = part.at + aligned(uint64_t{part.rows} * part.row_bytes);
+    return true;
+  });
+  p.off = all - p.rows;
+  return p;
+}
+
+// How many of the rows fit into `room` bytes, a multiple of the alignment; `taken`: the bytes that they take of it.
+DMI_HD inline uint32_t fit_rows(const Fixed& f, const Tensor& t, const Plan& p, uint64_t room, uint64_t& taken) {
+  uint32_t rows = 0;
+  taken = 0;
+  each_part(f, t, p, [&](const Part& part) {
+    const uint64_t bytes = aligned(uint64_t{part.rows} * part.row_bytes);
+    if (bytes <= room - taken) {
+      rows += part.rows;
+      taken += bytes;
+      return true;
+    }
+    const auto some = uint32_t((room - taken) / part.row_bytes);
+    rows += some;
+    taken += aligned(uint64_t{some} * part.row_bytes);
+    return false;
+  });
+  return rows;
+}
+
+// Rows of a part that are among the first `granted` of the row list.
+DMI_HD inline uint32_t granted_of(const Part& part, uint32_t granted) {
+  return granted <= part.first ? 0 : granted - part.first < part.rows ? granted - part.first : part.rows;
+}
+
+// Rows of a computed part that are a unit of work: as many as a unit of copying reads.
+DMI_HD inline uint32_t unit_rows(const Plan& p, uint32_t unit_bytes) {
+  const uint32_t rows = unit_bytes / (p.row_bytes == 0 ? 1 : p.row_bytes);
+  return rows == 0 ? 1 : rows;
+}
+
+DMI_HD inline uint32_t part_units(const Plan& p, const Part& part, uint32_t rows, uint32_t unit_bytes) {
+  if (!encoded(part.level)) return uint32_t((uint64_t{rows} * part.row_bytes + unit_bytes - 1) / unit_bytes);
+  const uint32_t each = unit_rows(p, unit_bytes);
+  return rows / each + (rows % each != 0 ? 1 : 0);
+}
+
+DMI_HD inline uint32_t levelled_units(const Fixed& f, const Tensor& t, const Plan& p, uint32_t granted, uint32_t unit_bytes) {
+  uint32_t units = 0;
+  if (p.fate != Fate::kCapture) return 0;
+  each_part(f, t, p, [&](const Part& part) {
+    units += part_units(p, part, granted_of(part, granted), unit_bytes);
+    return true;
+  });
+  return units;
+}
+
+// ------------------------------------------------------------------ rows that are computed
+// Of the elements of a row, as far as some lanes have seen them. No default values: it lies in shared memory.
+struct Tally {
+  double sum, squares, least, greatest;  // of the finite ones; +-infinity while there are none
+  uint32_t finite, count;
+
+  DMI_HD void merge(const Tally& o) {
+    sum += o.sum;
+    squares += o.squares;
+    least = o.least < least ? o.least : least;
+    greatest = o.greatest > greatest ? o.greatest : greatest;
+    finite += o.finite;
+    count += o.count;
+  }
+  DMI_HD void figures(float* to) const {
+    Sums sums;
+    sums.sum = sum;
+    sums.squares = squares;
+    sums.least = finite == 0 ? 0 : least;
+    sums.greatest = finite == 0 ? 0 : greatest;
+    sums.finite = finite;
+    sums.count = count;
+    sums.figures(to);
+  }
+};
+
+constexpr uint32_t kMostWarps = 8;  // of a block
+
+// Where the warps of a block meet over a row.
+struct Rendezvous {
+  Tally tally[kMostWarps];
+  float most[kMostWarps];
+};
+
+// Lanes that have a row together: those of a warp, or of the block.
+template <typename Block>
+struct Team {
+  Block& block;
+  Rendezvous& meet;
+  bool whole;  // the block
+
+  DMI_HD uint32_t lane() const { return whole ? block.thread() : block.lane(); }
+  DMI_HD uint32_t lanes() const { return whole ? block.threads() : block.lanes(); }
+
+  // What merging those of all lanes gives, to all lanes.
+  template <typename T, typename Merge>
+  DMI_HD T all(T own, T* shared, Merge merge) const {
+    own = block.across(own, merge);
+    if (!whole) return own;
+    if (block.lane() == 0) shared[block.warp()] = own;
+    block.sync();
+    own = shared[0];
+    for (uint32_t warp = 1; warp < block.warps(); ++warp) merge(own, shared[warp]);
+    block.sync();
+    return own;
+  }
+};
+
+// The elements of a row that count: those of the keys that its token had. `length` 0: all of them.
+struct Counting {
+  uint32_t length, from, to;
+  DMI_HD bool operator()(uint32_t element) const { return length == 0 || (element % length >= from && element % length < to); }
+};
+
+DMI_HD inline Counting counting(const Fixed& f, const Tensor& t, const Plan& p, const Space& list, uint32_t row) {
+  if (t.key >= t.inners) return {0, 0, 0};
+  const uint32_t run = list.runs_at + run_of(f, list, row);
+  const Own own = f.owns[run];
+  uint64_t after = 1;
+  for (uint32_t d = t.key + 1; d < t.inners; ++d) after *= p.size[d];
+  const uint64_t keys = p.size[t.key], base = p.key_base, first = own.key_first;
+  const uint64_t end = first + own.position + (row - f.runs[run].start) + 1;
+  const uint64_t to = end <= base ? 0 : end - base < keys ? end - base : keys;
+  const uint64_t from = first <= base ? 0 : first - base < to ? first - base : to;
+  // A row without elements has none that could be asked about.
+  return {uint32_t(keys * after), uint32_t(from * after), uint32_t(to * after)};
+}
+
+// Apart, as it is seldom needed and would be there many times.
+DMI_HD DMI_APART inline const std::byte* within_strided_row(const Plan& p, const std::byte* row, uint32_t within) {
+  return within_row(p, row, within);
+}
+
+// This lane's share of a row's elements, as numbers, four at a time: visit(which is the first, values, how many). Of the usual dtypes 16
+// bytes at a time, kBatch of them before the first is looked at.
+template <uint32_t kBytes, uint32_t kBatch, typename Convert, typename Visit>
+DMI_HD void each_four_wide(const Plan& p, const std::byte* row, uint32_t lane, uint32_t lanes, Convert convert, Visit visit) {
+  constexpr uint32_t kEach = 16 / kBytes;
+  const uint32_t wides = p.row_bytes / 16;
+  for (uint32_t first = lane; first < wides; first += kBatch * lanes) {
+    Wide moved[kBatch];
+#ifdef __CUDA_ARCH__
+#pragma unroll
+#endif
+    for (uint32_t b = 0; b < kBatch; ++b) {
+      const uint32_t i = first + b * lanes;
+      if (i < wides) moved[b] = *reinterpret_cast<const Wide*>(p.outers == 0 ? row + i * 16 : within_strided_row(p, row, i * 16));
+    }
+#ifdef __CUDA_ARCH__
+#pragma unroll
+#endif
+    for (uint32_t b = 0; b < kBatch; ++b) {
+      const uint32_t i = first + b * lanes;
+      if (i >= wides) break;
+#ifdef __CUDA_ARCH__
+#pragma unroll
+#endif
+      for (uint32_t e = 0; e < kEach; e += 4) {
+        float values[4];
+#ifdef __CUDA_ARCH__
+#pragma unroll
+#endif
+        for (uint32_t k = 0; k < 4; ++k) values[k] = convert(reinterpret_cast<const std::byte*>(&moved[b]) + (e + k) * kBytes);
+        visit(i * kEach + e, values, 4u);
+      }
+    }
+  }
+}
+
+// The same of any dtype and alignment.
+template <typename Value, typename Visit>
+DMI_HD void each_four_any(const Tensor& t, const Plan& p, const std::byte* row, uint32_t lane, uint32_t lanes, Visit visit) {
+  const uint32_t elements = p.row_bytes / t.element;
+  for (uint64_t first = uint64_t{lane} * 4; first < elements; first += uint64_t{lanes} * 4) {
+    const auto at = uint32_t(first), n = elements - at < 4 ? elements - at : 4;
+    Value values[4] = {};
+#ifdef __CUDA_ARCH__
+#pragma unroll 1
+#endif
+    for (uint32_t k = 0; k < n; ++k) values[k] = element_of<Value>(t.dtype, within_strided_row(p, row, (at + k) * t.element));
+    visit(at, values, n);
+  }
+}
+
+template <uint32_t kBatch, typename Value, typename Visit>
+DMI_HD void each_four(const Tensor& t, const Plan& p, const std::byte* row, uint32_t lane, uint32_t lanes, Visit visit) {
+  if constexpr (sizeof(Value) == sizeof(float)) {
+    if (p.vector == 16) {
+      switch (t.dtype) {
+        case DMI_DTYPE_BF16:
+          return each_four_wide<2, kBatch>(p, row, lane, lanes, [](const std::byte* at) { return bfloat(load_as<uint16_t>(at)); }, visit);
+        case DMI_DTYPE_F16:
+          return each_four_wide<2, kBatch>(p, row, lane, lanes, [](const std::byte* at) { return half(load_as<uint16_t>(at)); }, visit);
+        case DMI_DTYPE_F32:
+          return each_four_wide<4, kBatch>(p, row, lane, lanes, [](const std::byte* at) { return load_as<float>(at); }, visit);
+        default:
+          break;
+      }
+    }
+  }
+  each_four_any<Value>(t, p, row, lane, lanes, visit);
+}
+
+// Where a computed row goes: words of four bytes, in a ring.
+struct Words {
+  std::byte* ring;
+  uint64_t capacity, at;
+  DMI_HD void put(uint32_t index, uint32_t word) const {
+    uint64_t place = at + uint64_t{index} * 4;
+    if (place >= capacity) place -= capacity;
+    *reinterpret_cast<uint32_t*>(ring + place) = word;
+  }
+  DMI_HD void put(uint32_t index, float value) const {
+    uint32_t word;
+    memcpy(&word, &value, sizeof word);
+    put(index, word);
+  }
+};
+
+template <typename Value, typename Block>
+DMI_HD void summarise_row(const Team<Block>& team, const Tensor& t, const Plan& p, const std::byte* row, const Counting& counts,
+                          const Words& to) {
+  Value least = Value(INFINITY), greatest = Value(-INFINITY);
+  double sum = 0, squares = 0;
+  uint32_t finite = 0, count = 0;
+  each_four<kInFlight, Value>(t, p, row, team.lane(), team.lanes(), [&](uint32_t first, const Value* values, uint32_t n) {
+#ifdef __CUDA_ARCH__
+#pragma unroll
+#endif
+    for (uint32_t k = 0; k < 4; ++k) {
+      if (k >= n || !counts(first + k)) continue;
+      const Value v = values[k];
+      const bool is = v - v == 0;
+      const double d = is ? double(v) : 0;
+      sum += d;
+      squares += d * d;
+      least = is && v < least ? v : least;
+      greatest = is && v > greatest ? v : greatest;
+      finite += is ? 1 : 0;
+      ++count;
+    }
+  });
+  const Tally all =
+      team.all(Tally{sum, squares, least, greatest, finite, count}, team.meet.tally, [](Tally& a, const Tally& b) { a.merge(b); });
+  if (team.lane() != 0) return;
+  float figures[DMI_STATS];
+  all.figures(figures);
+  for (uint32_t i = 0; i < DMI_STATS; ++i) to.put(i, figures[i]);
+}
+
+template <typename Block>
+DMI_HD void quantise_row(const Team<Block>& team, const Tensor& t, const Plan& p, const std::byte* row, const Counting& counts,
+                         uint8_t level, const Words& to) {
+  float most = 0;
+  each_four<kInFlight, float>(t, p, row, team.lane(), team.lanes(), [&](uint32_t first, const float* values, uint32_t n) {
+#ifdef __CUDA_ARCH__
+#pragma unroll
+#endif
+    for (uint32_t k = 0; k < 4; ++k) {
+      const float v = values[k] < 0 ? -values[k] : values[k];
+      if (k < n && counts(first + k) && finite(v) && v > most) most = v;
+    }
+  });
+  most = team.all(most, team.meet.most, [](float& a, const float& b) { a = b > a ? b : a; });
+  const float scale = scale_of(level, most), inverse = 1 / scale;
+  if (team.lane() == 0) to.put(0, scale);
+  // The second time the row is near.
+  each_four<1, float>(t, p, row, team.lane(), team.lanes(), [&](uint32_t first, const float* values, uint32_t n) {
+    uint32_t word = 0;
+#ifdef __CUDA_ARCH__
+#pragma unroll
+#endif
+    for (uint32_t k = 0; k < 4; ++k) {
+      if (k >= n || !counts(first + k)) continue;
+      const uint8_t code = level == DMI_LEVEL_INT8 ? int8_code(values[k], inverse) : fp8_code(values[k], inverse);
+      word |= uint32_t{code} << (8 * k);
+    }
+    to.put(1 + first / 4, word);
+  });
+}
+
+// Rows [begin, end) of a part; row `begin` goes to the target's offset.
+template <typename Block>
+DMI_HD DMI_APART void compute_rows(Block& block, Rendezvous& meet, const Fixed& f, const Tensor& t, const Plan& p, const Part& part,
+                                   uint32_t begin, uint32_t end, const Target& to) {
+  const uint32_t rows = end - begin;
+  const Team<Block> team{block, meet, rows < block.warps() && p.row_bytes / 4096 >= rows};
+  for (uint32_t row = begin + (team.whole ? 0 : block.warp()); row < end; row += team.whole ? 1 : block.warps()) {
+    const std::byte* from = row_address(f, t, p, *part.list, row);
+    const Counting counts = counting(f, t, p, *part.list, row);
+    const Words words{to.ring, to.capacity, (to.offset + uint64_t{row - begin} * part.row_bytes) % to.capacity};
+    if (part.level != DMI_LEVEL_STATS) {
+      quantise_row(team, t, p, from, counts, part.level, words);
+    } else if (needs_double(t.dtype)) {
+      summarise_row<double>(team, t, p, from, counts, words);
+    } else {
+      summarise_row<float>(team, t, p, from, counts, words);
+    }
+  }
+}
+
+// Unit `unit` of what was granted of a tensor whose payload begins at `to`.
+template <typename Block>
+DMI_HD void move_unit(Block& block, Rendezvous& meet, const Fixed& f, const Tensor& t, const Plan& p, uint32_t granted, uint32_t unit,
+                      uint32_t unit_bytes, const Target& to) {
+  each_part(f, t, p, [&](const Part& part) {
+    const uint32_t rows = granted_of(part, granted), units = part_units(p, part, rows, unit_bytes);
+    if (unit >= units) {
+      unit -= units;
+      return true;
+    }
+    const Target at{to.ring, to.capacity, to.offset + part.at};
+    if (encoded(part.level)) {
+      const uint32_t each = unit_rows(p, unit_bytes), begin = unit * each, end = rows - begin < each ? rows : begin + each;
+      compute_rows(block, meet, f, t, p, part, begin, end, {at.ring, at.capacity, at.offset + uint64_t{begin} * part.row_bytes});
+    } else {
+      const uint64_t begin = uint64_t{unit} * unit_bytes, all = uint64_t{rows} * part.row_bytes;
+      copy_stream(f, t, p, rows_of(t, p.outers, p.flat_stride, p.row_bytes, *part.list), 0, begin,
+                  begin + unit_bytes < all ? begin + unit_bytes : all, at, block.thread(), block.threads());
+    }
+    return false;
+  });
+}
+
+}  // namespace dmi::device

@@ -1,0 +1,601 @@
+// Levels and row selection: random tensors of every dtype and layout under random gates, against sums and codes made anew in double. On the
+// CPU's back end and on a device of threads; built with DMI_TEST_CUDA on a GPU, where a graph that is recorded once follows the gates too.
+#ifdef DMI_TEST_CUDA
+#include <cuda_runtime.h>
+#endif
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <mutex>
+#include <string>
+
+#include "engine.h"
+#include "levels.h"
+
+namespace {
+
+constexpr uint32_t kBytes[] = {0, 1, 1, 1, 2, 2, 4, 4, 8, 8, 2, 2, 4, 8, 1, 1, 1, 1, 1, 8, 16};
+constexpr uint32_t kKeys = 40;  // of the cache, of which keyed sites have the last 37
+constexpr uint8_t kLevels[] = {DMI_LEVEL_FULL, DMI_LEVEL_FP8, DMI_LEVEL_INT8, DMI_LEVEL_SAMPLED, DMI_LEVEL_STATS, DMI_LEVEL_OFF};
+
+// By the definitions of the formats, and nothing else.
+double floating(uint32_t bits, int exponent_bits, int mantissa_bits, int bias, bool infinities, bool zeros, bool top) {
+  const uint32_t mantissa = bits & ((1u << mantissa_bits) - 1), ones = (1u << exponent_bits) - 1;
+  const uint32_t exponent = bits >> mantissa_bits & ones, sign = bits >> (mantissa_bits + exponent_bits);
+  double v = exponent == 0 ? std::ldexp(double(mantissa), 1 - bias - mantissa_bits)
+                           : std::ldexp(double(mantissa + (1u << mantissa_bits)), int(exponent) - bias - mantissa_bits);
+  if (infinities && exponent == ones) v = mantissa == 0 ? INFINITY : NAN;
+  if (top && exponent == ones && mantissa == (1u << mantissa_bits) - 1) v = NAN;
+  if (!zeros && bits == 0x80) v = NAN;
+  return sign != 0 ? -v : v;
+}
+
+template <typename T>
+T as(const std::byte* from) {
+  T v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+double element(uint32_t dtype, const std::byte* at) {
+  switch (dtype) {
+    case DMI_DTYPE_BOOL:
+    case DMI_DTYPE_U8:
+      return as<uint8_t>(at);
+    case DMI_DTYPE_I8:
+      return as<int8_t>(at);
+    case DMI_DTYPE_U16:
+      return as<uint16_t>(at);
+    case DMI_DTYPE_I16:
+      return as<int16_t>(at);
+    case DMI_DTYPE_U32:
+      return as<uint32_t>(at);
+    case DMI_DTYPE_I32:
+      return as<int32_t>(at);
+    case DMI_DTYPE_U64:
+      return double(as<uint64_t>(at));
+    case DMI_DTYPE_I64:
+      return double(as<int64_t>(at));
+    case DMI_DTYPE_F16:
+      return floating(as<uint16_t>(at), 5, 10, 15, true, true, false);
+    case DMI_DTYPE_BF16:
+      return floating(as<uint16_t>(at), 8, 7, 127, true, true, false);
+    case DMI_DTYPE_F32:
+      return double(as<float>(at));
+    case DMI_DTYPE_F64:
+      return as<double>(at);
+    case DMI_DTYPE_F8_E4M3:
+      return floating(as<uint8_t>(at), 4, 3, 7, false, true, true);
+    case DMI_DTYPE_F8_E5M2:
+      return floating(as<uint8_t>(at), 5, 2, 15, true, true, false);
+    case DMI_DTYPE_F8_E4M3FNUZ:
+      return floating(as<uint8_t>(at), 4, 3, 8, false, false, false);
+    case DMI_DTYPE_F8_E5M2FNUZ:
+      return floating(as<uint8_t>(at), 5, 2, 16, false, false, false);
+    case DMI_DTYPE_F8_E8M0:
+      return as<uint8_t>(at) == 255 ? NAN : std::ldexp(1.0, as<uint8_t>(at) - 127);
+    default:
+      CHECK(!"a real dtype");
+      return 0;
+  }
+}
+
+bool close_to(double got, double want, double relative, double absolute) {
+  if (want != want) return got != got;
+  if (std::fabs(want) > 3.4028235e38) return std::fabs(got) >= 3.4e38 && (got > 0) == (want > 0);
+  return std::fabs(got - want) <= relative * std::fabs(want) + absolute;
+}
+
+// Figures of a row against sums in long double.
+void check_statistics(const std::byte* got, const std::vector<double>& values) {
+  long double sum = 0, squares = 0;
+  double least = INFINITY, greatest = -INFINITY, size = 0;
+  uint64_t finite = 0;
+  for (double v : values) {
+    if (!std::isfinite(v)) continue;
+    ++finite;
+    sum += v;
+    squares += static_cast<long double>(v) * v;
+    size += std::fabs(v);
+    least = std::min(least, v);
+    greatest = std::max(greatest, v);
+  }
+  float figure[DMI_STATS];
+  std::memcpy(figure, got, sizeof figure);
+  const double n = double(finite), none = NAN;
+  // A figure is rounded to float32; the mean of values that cancel has the rounding of its sum besides.
+  const double rounding = 6e-8, tiny = 1e-44;
+  CHECK(close_to(figure[0], finite == 0 ? none : double(sum / finite), rounding, tiny + (finite == 0 ? 0 : 1e-13 * size / n)));
+  const double l2 = double(std::sqrt(squares));
+  const bool overflows = squares > 1e308L;  // in double: squares of values beyond 1e154
+  if (!overflows) CHECK(close_to(figure[1], finite == 0 ? none : double(std::sqrt(squares / finite)), rounding, tiny));
+  CHECK(close_to(figure[2], finite == 0 ? none : least, rounding, tiny));
+  CHECK(close_to(figure[3], finite == 0 ? none : greatest, rounding, tiny));
+  CHECK(close_to(figure[4], finite == 0 ? none : std::max(std::fabs(least), std::fabs(greatest)), rounding, tiny));
+  if (!overflows) CHECK(close_to(figure[5], l2, rounding, tiny));
+  CHECK_EQ(uint64_t(figure[6]), values.size() - finite);
+  CHECK_EQ(uint64_t(figure[7]), values.size());
+}
+
+// A quantised row: each element within half a step of its scale (INT8), or 1/16 of itself and half the least code (FP8).
+void check_quantised(uint32_t level, const std::byte* got, const std::vector<double>& values, const std::vector<bool>& own) {
+  const double scale = as<float>(got);
+  double absmax = 0;
+  for (size_t i = 0; i < values.size(); ++i) {
+    const float v = float(values[i]);
+    if (own[i] && std::isfinite(v)) absmax = std::max(absmax, std::fabs(double(v)));
+  }
+  const double most = level == DMI_LEVEL_FP8 ? 416 : 126;
+  CHECK(close_to(scale, std::max(absmax / most, std::ldexp(1, -126)), 2e-7, 0));
+  for (size_t i = 0; i < values.size(); ++i) {
+    const uint8_t code = as<uint8_t>(got + 4 + i);
+    if (!own[i]) {
+      CHECK_EQ(code, 0);
+      continue;
+    }
+    const double want = double(float(values[i]));
+    double value = level == DMI_LEVEL_INT8 ? int8_t(code) * scale : floating(code, 4, 3, 7, false, true, true) * scale;
+    if (level == DMI_LEVEL_INT8 && code == 0x80) value = NAN;
+    if (code == (level == DMI_LEVEL_INT8 ? 127 : 0x7e)) value = INFINITY;
+    if (code == (level == DMI_LEVEL_INT8 ? 129 : 0xfe)) value = -INFINITY;
+    if (!std::isfinite(want)) {
+      CHECK(want != want ? value != value : value == want);
+    } else if (level == DMI_LEVEL_INT8) {
+      CHECK(std::fabs(value - want) <= scale * (0.5 + 1e-4));
+    } else {
+      CHECK(std::fabs(value - want) <= std::fabs(want) * (0.0625 + 1e-6) + scale * std::ldexp(1, -10) * (1 + 1e-4));
+    }
+  }
+}
+
+// The rule, written as slowly as it reads.
+bool takes(const dmi_clause& c, const dmi_span& span, uint32_t position) {
+  if (c.threshold != 0) {
+    uint64_t x = span.request + (c.seed + 1) * 0x9e3779b97f4a7c15ull;
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
+    if ((x ^ (x >> 31)) >= c.threshold) return false;
+  }
+  if (!(c.phases & (1 << span.phase))) return false;
+  std::vector<uint32_t> region;  // positions of it, as far as any test goes
+  const bool known = span.prompt != 0, counted = int64_t(c.start) < 0 || int64_t(c.stop) < 0;
+  if (!known && (c.region == DMI_REGION_GENERATED || counted)) return false;
+  if (!known && c.region == DMI_REGION_PROMPT && span.phase != DMI_PHASE_PREFILL) return false;
+  for (uint32_t p = 0; p < 300; ++p) {
+    if (c.region == DMI_REGION_PROMPT && known && p >= span.prompt) continue;
+    if (c.region == DMI_REGION_GENERATED && p < span.prompt) continue;
+    region.push_back(p);
+  }
+  const int64_t size = int64_t(region.size());
+  auto bound = [&](uint64_t v) {
+    if (v == DMI_OPEN_END) return size;
+    const int64_t s = int64_t(v);
+    return s < 0 ? std::max<int64_t>(s + size, 0) : std::min(s, size);
+  };
+  for (int64_t i = bound(c.start); i < bound(c.stop); i += c.step) {
+    if (region[size_t(i)] == position) return true;
+  }
+  return false;
+}
+
+#ifdef DMI_TEST_CUDA
+constexpr bool kCuda = true;
+
+void check_cuda(cudaError_t status) {
+  if (status != cudaSuccess) std::fprintf(stderr, "%s\n", cudaGetErrorString(status));
+  CHECK(status == cudaSuccess);
+}
+
+// Memory that host and GPU both see. It is never given back: a free would wait for the GPU, which may wait for the engine.
+template <typename T>
+struct Everywhere {
+  using value_type = T;
+  T* allocate(size_t n) {
+    constexpr size_t kRegion = 1 << 30;
+    static std::byte* region = nullptr;
+    static size_t used = 0;
+    if (region == nullptr) check_cuda(cudaMallocManaged(reinterpret_cast<void**>(&region), kRegion));
+    const size_t at = used;
+    used += (n * sizeof(T) + 255) / 256 * 256;
+    CHECK(used <= kRegion);
+    return reinterpret_cast<T*>(region + at);
+  }
+  void deallocate(T*, size_t) {}
+  bool operator==(const Everywhere&) const { return true; }
+};
+using Memory = std::vector<std::byte, Everywhere<std::byte>>;
+#else
+constexpr bool kCuda = false;
+using Memory = std::vector<std::byte>;
+#endif
+
+struct Site {
+  uint32_t dtype, inner, heads;
+  bool keyed, ended;  // ended: the KEY dimension is not the last one
+  dmi_gate gate;
+};
+
+class World {
+ public:
+  World(std::mt19937_64& random, dmi_mode mode, int32_t device) : random_(random), device_(int16_t(device)) {
+    dmi_ring_options o{};
+    o.mode = mode;
+    o.device = device;
+    o.lanes = 1;
+    o.record_capacity = 4096;
+    o.command_capacity = 8;
+    o.site_capacity = 64;
+    // Small enough that rows are dropped, and in complete mode spilled and cut.
+    o.payload_bytes = mode == DMI_MODE_COMPLETE ? 16 << 10 : 256 << 10;
+    o.table_bytes = 256 << 10;
+    o.staging_bytes = 64 << 10;
+    o.spill_bytes = mode == DMI_MODE_COMPLETE ? 8 << 10 : 0;
+    o.wait_bound_ns = 20'000'000'000;
+    ring_ = dmi_ring_create(&o);
+    CHECK(ring_ > 0);
+    for (uint32_t i = 0; i < 24; ++i) {
+      Site site{1 + i % 20, uint32_t(1 + below(70)), uint32_t(1 + below(3)), i % 5 == 4, below(2) == 0, {}};
+      dmi_site told{};
+      told.layer = DMI_NO_LAYER;
+      told.space = DMI_SPACE_TOKENS;
+      told.ndim = 4;
+      const uint8_t other = site.keyed ? DMI_ROLE_KEY : DMI_ROLE_INNER;
+      const uint8_t roles[] = {DMI_ROLE_ROW, DMI_ROLE_ROW, site.ended ? other : uint8_t{DMI_ROLE_INNER},
+                               site.ended ? uint8_t{DMI_ROLE_INNER} : other};
+      std::copy_n(roles, 4, told.role);
+      std::string name = "s";
+      name += std::to_string(i);
+      told.name_bytes = uint32_t(name.size());
+      std::copy(name.begin(), name.end(), told.name);
+      CHECK_EQ(dmi_ring_add_site(ring_, &told), int64_t(i));
+      sites_.push_back(site);
+    }
+    engine_ = std::make_unique<Engine>(ring_);
+    engine_->observe = [this](const Engine::Lane& lane, const dmi_record& r, const std::vector<std::byte>& bytes) { see(lane, r, bytes); };
+    threaded_ = mode == DMI_MODE_COMPLETE;
+    if (threaded_) engine_->start();
+  }
+  ~World() {
+    engine_.reset();
+    CHECK_EQ(dmi_ring_close(ring_), DMI_OK);
+  }
+
+  void step(uint64_t number) {
+    if (below(3) == 0 || number == 0) gates();
+    make(number);
+    const uint32_t widths[DMI_SPACES] = {width_, 0, 0};
+    CHECK_EQ(dmi_step_open(ring_, number, spans_.data(), uint32_t(spans_.size()), widths, kKeys, 0, nullptr), 1);
+    offer(nullptr);
+    CHECK_EQ(dmi_step_close(ring_, number, 0, nullptr), DMI_OK);
+    if (threaded_) return;
+    settle();
+    if (below(2) == 0) engine_->drain();
+  }
+#ifdef DMI_TEST_CUDA
+  // All captures of a step of one shape in a graph; then steps of that shape, under other gates each time.
+  void replay(uint64_t steps) {
+    make(0);
+    cudaStream_t stream;
+    cudaGraph_t graph;
+    cudaGraphExec_t recorded;
+    check_cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    check_cuda(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+    offer(stream);
+    check_cuda(cudaStreamEndCapture(stream, &graph));
+    check_cuda(cudaGraphInstantiate(&recorded, graph, 0));
+    for (uint64_t number = 1; number <= steps; ++number) {
+      gates();
+      draw_spans(number, uint32_t(spans_.size()));
+      keep(number);
+      const uint32_t widths[DMI_SPACES] = {width_, 0, 0};
+      CHECK_EQ(dmi_step_open(ring_, number, spans_.data(), uint32_t(spans_.size()), widths, kKeys, 0, stream), 1);
+      check_cuda(cudaGraphLaunch(recorded, stream));
+      CHECK_EQ(dmi_step_close(ring_, number, 0, stream), DMI_OK);
+      settle();
+      engine_->drain();
+    }
+    check_cuda(cudaGraphExecDestroy(recorded));
+    check_cuda(cudaGraphDestroy(graph));
+    check_cuda(cudaStreamDestroy(stream));
+  }
+#endif
+  void drain() { engine_->drain(); }
+  void stop() {
+    settle();
+    engine_->stop();
+  }
+  const Books& books() const { return engine_->books(); }
+  uint64_t levels[DMI_LEVELS] = {};
+
+ private:
+  uint64_t below(uint64_t n) { return random_() % n; }
+
+  // All tensors, in groups of some.
+  void offer(void* stream) {
+    std::vector<dmi_tensor> group;
+    for (uint32_t i = 0; i < sites_.size(); ++i) {
+      group.push_back({data_[i].data(), size_[i].data(), stride_[i].data(), i, uint8_t(sites_[i].dtype), 4, device_});
+      if (below(3) != 0 && i + 1 != sites_.size()) continue;
+      dmi_capture(ring_, group.data(), uint32_t(group.size()), stream);
+      group.clear();
+    }
+  }
+  // What was closed is there to be drained when this returns.
+  void settle() {
+    if (device_ >= 0) CHECK_EQ(dmi_ring_settle(ring_, 60'000'000'000), DMI_OK);
+  }
+
+  void gates() {
+    dmi::Use use(ring_);
+    const dmi::Mapping& mapping = use->mapping();
+    dmi_control& control = mapping.control();
+    const uint64_t version = (control.policy.value | 1) + 1;
+    dmi::store_release(control.policy.value, version - 1);
+    std::vector<dmi_clause> clauses(12);
+    for (size_t i = 0; i < clauses.size(); ++i) {
+      dmi_clause& c = clauses[i];
+      c = {};
+      c.seed = below(5);
+      c.threshold = below(2) == 0 ? 0 : random_();
+      c.region = uint8_t(below(3));
+      c.phases = uint8_t(1 + below(3));
+      c.step = uint32_t(1 + below(4));
+      c.stride = uint16_t(1 + below(4));
+      c.level = kLevels[below(6)];
+      const int64_t from = int64_t(below(9)) - (c.region == DMI_REGION_PROMPT ? 4 : 0);
+      c.start = uint64_t(from);
+      c.stop = below(2) == 0 ? DMI_OPEN_END : uint64_t(from + 1 + int64_t(below(9)));
+      if (from < 0 && int64_t(c.stop) >= 0 && c.stop != DMI_OPEN_END) c.stop = DMI_OPEN_END;
+      mapping.clauses()[i] = c;
+    }
+    for (size_t i = 0; i < sites_.size(); ++i) {
+      dmi_gate& g = sites_[i].gate;
+      g = {};
+      g.level = kLevels[below(6)];
+      g.stride = uint16_t(1 + below(5));
+      g.clause = uint16_t(below(10));
+      g.clauses = uint16_t(below(2) == 0 ? 0 : 1 + below(2));
+      uint64_t word;
+      std::memcpy(&word, &g, sizeof word);
+      std::atomic_ref(reinterpret_cast<uint64_t&>(mapping.gates()[i])).store(word, std::memory_order_relaxed);
+    }
+    clauses_ = clauses;
+    dmi::store_release(control.policy.value, version);
+  }
+
+  void make(uint64_t number) {
+    const uint32_t batch = uint32_t(1 + below(4));
+    width_ = uint32_t(1 + below(14));
+    draw_spans(number, batch);
+    draw_data(batch);
+    keep(number);
+  }
+
+  void draw_spans(uint64_t number, uint32_t batch) {
+    spans_.clear();
+    for (uint32_t b = 0; b < batch; ++b) {
+      dmi_span span{};
+      span.request = number * 100 + b;
+      span.batch = b;
+      span.first = uint32_t(below(width_));
+      span.count = width_ - span.first;
+      span.position = uint32_t(below(20));
+      span.key_first = uint32_t(below(3));
+      span.phase = uint8_t(below(2));
+      span.prompt = uint32_t(below(3) == 0 ? 0 : 1 + below(25));
+      spans_.push_back(span);
+    }
+  }
+
+  void draw_data(uint32_t batch) {
+    data_.assign(sites_.size(), {});
+    size_.assign(sites_.size(), {});
+    stride_.assign(sites_.size(), {});
+    for (size_t i = 0; i < sites_.size(); ++i) {
+      const Site& s = sites_[i];
+      const int64_t last = s.keyed ? 37 : int64_t{s.inner};
+      size_[i] = {batch, width_, s.ended ? last : int64_t{s.heads}, s.ended ? int64_t{s.heads} : last};
+      std::array<int, 4> order = {0, 1, 2, 3};
+      std::shuffle(order.begin(), order.end(), random_);
+      int64_t next = 1 + int64_t(below(2));  // every other element, sometimes
+      for (int d = 4; d-- > 0;) {
+        stride_[i][size_t(order[size_t(d)])] = next;
+        next *= size_[i][size_t(order[size_t(d)])];
+      }
+      data_[i].resize(size_t(next) * kBytes[s.dtype]);
+      // Any bits at all, a common magnitude, or zeros.
+      const uint64_t kind = below(4);
+      if (kind != 0) {
+        for (size_t at = 0; at + 8 <= data_[i].size(); at += 8) {
+          const uint64_t bits = random_();
+          std::memcpy(&data_[i][at], &bits, 8);
+        }
+      }
+      if (kind > 1 && s.dtype == DMI_DTYPE_F32) {
+        std::normal_distribution<float> normal(1, 3);
+        for (size_t at = 0; at + 4 <= data_[i].size(); at += 4) {
+          const float v = below(200) == 0 ? (below(2) == 0 ? NAN : -INFINITY) : normal(random_);
+          std::memcpy(&data_[i][at], &v, 4);
+        }
+      }
+      if (s.dtype == DMI_DTYPE_BOOL) {
+        for (std::byte& b : data_[i]) b &= std::byte{1};
+      }
+    }
+  }
+
+  // What see() compares with.
+  void keep(uint64_t number) {
+    Step step{spans_, {}, size_, stride_, {}, clauses_};
+    for (const Memory& data : data_) step.data.emplace_back(data.begin(), data.end());
+    for (const Site& s : sites_) step.gates.push_back(s.gate);
+    std::lock_guard lock(mutex_);
+    steps_.emplace(number, std::move(step));
+  }
+
+  void see(const Engine::Lane& lane, const dmi_record& r, const std::vector<std::byte>& bytes) {
+    const Step& step = [&]() -> const Step& {
+      std::lock_guard lock(mutex_);
+      return steps_.at(r.step);
+    }();
+    const Site& site = sites_[r.site];
+    const dmi_gate& gate = step.gates[r.site];
+    // Every row of the step, and the level that it should have, in the order that the record counts in.
+    struct Row {
+      const dmi_span* span;
+      uint32_t index;
+      uint8_t level;
+    };
+    std::vector<Row> rows;
+    for (const dmi_span& span : step.spans) {
+      for (uint32_t i = 0; i < span.count; ++i) {
+        uint8_t level = gate.level;
+        uint32_t stride = gate.stride;
+        for (uint32_t c = 0; c < gate.clauses; ++c) {
+          const dmi_clause& clause = step.clauses[gate.clause + c];
+          if (!takes(clause, span, span.position + i)) continue;
+          level = clause.level;
+          stride = clause.stride;
+          break;
+        }
+        if (level == DMI_LEVEL_SAMPLED) level = (span.position + i) % stride == 0 ? DMI_LEVEL_FULL : DMI_LEVEL_OFF;
+        rows.push_back({&span, i, level});
+      }
+    }
+    if (r.selection != 0) {
+      std::vector<Row> listed;
+      for (const dmi_run& run : lane.runs) {
+        if (run.selection != r.selection || run.space != DMI_SPACE_TOKENS) continue;
+        for (uint32_t i = 0; i < run.count; ++i) {
+          const Row& row = rows.at(run.first + i * run.stride);
+          CHECK_EQ(row.level, run.level);
+          CHECK(listed.empty() || listed.back().level <= row.level);
+          listed.push_back(row);
+        }
+      }
+      CHECK_EQ(listed.size(), rows.size());
+      rows = listed;
+    }
+    const bool complex = site.dtype == DMI_DTYPE_C64 || site.dtype == DMI_DTYPE_C128;
+    uint64_t at = 0;
+    for (uint32_t n = r.row_first; n < r.row_first + r.rows; ++n) {
+      const Row& row = rows[n];
+      const uint8_t level = complex && dmi::encoded(row.level) ? uint8_t{DMI_LEVEL_FULL} : row.level;
+      if (r.outcome == DMI_OUTCOME_SKIPPED) {
+        CHECK_EQ(row.level, uint8_t{DMI_LEVEL_OFF});
+        ++levels[DMI_LEVEL_OFF];
+        continue;
+      }
+      CHECK(row.level != DMI_LEVEL_OFF);
+      if (r.outcome == DMI_OUTCOME_DROPPED) continue;
+      CHECK_EQ(r.outcome, uint8_t{DMI_OUTCOME_CAPTURED});
+      CHECK_EQ(r.level, level);
+      ++levels[level];
+      if (!(r.flags & DMI_RECORD_GATHERED)) {
+        CHECK_EQ(level, uint8_t{DMI_LEVEL_FULL});
+        continue;  // protocol_test checks those
+      }
+      at += check(step, site, r, *row.span, row.index, bytes.data() + at);
+    }
+    if (r.flags & DMI_RECORD_GATHERED) CHECK_EQ(at, bytes.size());
+  }
+
+  struct Step {
+    std::vector<dmi_span> spans;
+    std::vector<std::vector<std::byte>> data;
+    std::vector<std::array<int64_t, 4>> size, stride;
+    std::vector<dmi_gate> gates;
+    std::vector<dmi_clause> clauses;
+  };
+
+  // Checks a row, and says how many bytes it has.
+  uint64_t check(const Step& step, const Site& site, const dmi_record& r, const dmi_span& span, uint32_t index, const std::byte* got) {
+    const auto &size = step.size[r.site], &stride = step.stride[r.site];
+    const uint32_t bytes = kBytes[site.dtype];
+    std::vector<double> values, counted;
+    std::vector<bool> own;
+    const int64_t base = site.keyed ? kKeys - 37 : 0;  // as many slots as there are keys, the last ones of the cache
+    for (int64_t i = 0; i < size[2]; ++i) {
+      for (int64_t k = 0; k < size[3]; ++k) {
+        const int64_t at = span.batch * stride[0] + (span.first + index) * stride[1] + i * stride[2] + k * stride[3];
+        const std::byte* from = step.data[r.site].data() + size_t(at) * bytes;
+        if (!dmi::encoded(r.level)) {
+          CHECK_EQ(std::memcmp(from, got + (i * size[3] + k) * bytes, bytes), 0);
+          continue;
+        }
+        const int64_t slot = base + (site.ended ? i : k);
+        const bool is = !site.keyed || (slot >= span.key_first && slot <= int64_t{span.key_first} + span.position + index);
+        values.push_back(element(site.dtype, from));
+        own.push_back(is);
+        if (is) counted.push_back(values.back());
+      }
+    }
+    if (r.level == DMI_LEVEL_STATS) {
+      check_statistics(got, counted);
+      return DMI_STATS * 4;
+    }
+    if (!dmi::encoded(r.level)) return uint64_t(size[2] * size[3]) * bytes;
+    check_quantised(r.level, got, values, own);
+    return 4 + (values.size() + 3) / 4 * 4;
+  }
+
+  std::mt19937_64& random_;
+  const int16_t device_;
+  int64_t ring_;
+  std::unique_ptr<Engine> engine_;
+  std::vector<Site> sites_;
+  std::vector<dmi_clause> clauses_;
+  std::vector<dmi_span> spans_;
+  bool threaded_ = false;
+  uint32_t width_ = 0;
+  std::vector<Memory> data_;
+  std::vector<std::array<int64_t, 4>> size_, stride_;
+  std::mutex mutex_;
+  std::map<uint64_t, Step> steps_;
+};
+
+void test_random(dmi_mode mode, int32_t device, uint64_t steps, bool replayed = false) {
+  std::mt19937_64 random(test_seed() + mode);
+  World world(random, mode, device);
+#ifdef DMI_TEST_CUDA
+  if (replayed) world.replay(steps);
+#endif
+  for (uint64_t number = 0; number < steps && !replayed; ++number) world.step(number);
+  world.stop();
+  world.drain();
+  if (steps < 60) return;  // too few for what follows
+  for (uint8_t level : {DMI_LEVEL_FULL, DMI_LEVEL_FP8, DMI_LEVEL_INT8, DMI_LEVEL_STATS, DMI_LEVEL_OFF}) CHECK(world.levels[level] > 0);
+  if (mode == DMI_MODE_COMPLETE) {
+    CHECK_EQ(world.books().other[DMI_REASON_TIMEOUT], 0u);
+    if (device < 0) {  // a device spills where the engine is slow alone, and does not cut rows
+      CHECK(world.books().spilled > 0);
+      CHECK(world.books().parts > 0);
+    }
+  }
+}
+
+// Every code of both formats comes back as itself.
+void test_codes() {
+  for (int code = 0; code < 256; ++code) {
+    const double v = floating(uint32_t(code), 4, 3, 7, false, true, true);
+    if (std::isfinite(v) && std::fabs(v) <= 416) CHECK_EQ(dmi::fp8_code(float(v), 1), uint8_t(code));
+    const int8_t whole = int8_t(uint8_t(code));
+    if (whole >= -126 && whole <= 126) CHECK_EQ(dmi::int8_code(float(whole), 1), uint8_t(code));
+  }
+}
+
+}  // namespace
+
+// levels_test [steps]
+int main(int argc, char** argv) {
+  const uint64_t steps = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 120;
+  test_seed();
+  test_codes();
+  for (int32_t device : {-1, 0}) {  // the CPU's own back end, and what a device runs
+    if (kCuda && device < 0) continue;
+    test_random(DMI_MODE_BEST_EFFORT, device, steps);
+    test_random(DMI_MODE_COMPLETE, device, steps / 2);
+    if (kCuda) test_random(DMI_MODE_BEST_EFFORT, device, steps, true);
+  }
+}

@@ -1,0 +1,110 @@
+package live
+
+import (
+	"context"
+	"sync"
+
+	"dmi/tensor"
+)
+
+// Filter says which chunks a subscriber gets.
+type Filter struct {
+	Site    func(tensor.Site) bool // nil: every site. Called once per session and site
+	Session string                 // id; "": every session
+	Request string                 // id; "": every request. It need not exist yet
+}
+
+// Frame is a chunk on its way to subscribers, which share it: nothing of it may be changed.
+type Frame struct {
+	Session string
+	Request string
+	Site    tensor.Site
+	Chunk   tensor.Chunk
+
+	once sync.Once
+	rows []tensor.Statistics
+}
+
+// Rows gives the statistics of each row: computed once, by whoever asks first. Of a keyed row only keys up to its own position
+// count: it has no others. Nil where the elements are not real numbers.
+func (f *Frame) Rows() []tensor.Statistics {
+	f.once.Do(func() { f.rows = tensor.ChunkStatistics(f.Site, f.Chunk) })
+	return f.rows
+}
+
+// Batch is what came since the last one. The slice is valid until the next.
+type Batch struct {
+	Frames  []*Frame
+	Dropped uint64 // rows lost before the first of Frames, because this subscriber was slow
+}
+
+// Subscription is one subscriber of chunks. Next is for one goroutine.
+type Subscription struct {
+	hub    *Hub
+	filter Filter
+	queue  *queue[*Frame]
+
+	// Under the hub's lock.
+	matches map[uint32][]match // by session and site
+}
+
+type match uint8
+
+const (
+	unknown match = iota
+	yes
+	no
+)
+
+// Subscribe starts a subscription; close it. Errors: ErrTooMany, ErrClosed.
+func (h *Hub) Subscribe(f Filter) (*Subscription, error) {
+	s := &Subscription{hub: h, filter: f, matches: map[uint32][]match{},
+		queue: newQueue(h.options.QueueFrames, h.options.QueueBytes, func(f *Frame) (int, uint64) { return len(f.Chunk.Data), uint64(f.Chunk.Rows) })}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if err := h.admit(); err != nil {
+		return nil, err
+	}
+	h.subscriptions[s] = struct{}{}
+	h.chunks.Add(1)
+	return s, nil
+}
+
+// Next waits for what comes next. Errors: ctx's, or ErrClosed once everything was read.
+func (s *Subscription) Next(ctx context.Context) (Batch, error) {
+	frames, dropped, err := s.queue.take(ctx)
+	return Batch{frames, dropped}, err
+}
+
+// Close ends the subscription. It may be called more than once.
+func (s *Subscription) Close() {
+	s.hub.mu.Lock()
+	defer s.hub.mu.Unlock()
+	if _, there := s.hub.subscriptions[s]; there {
+		delete(s.hub.subscriptions, s)
+		s.hub.chunks.Add(-1)
+		s.queue.close()
+	}
+}
+
+func (s *Subscription) wants(h *Hub, session uint32, c *tensor.Chunk) bool {
+	matches := s.matches[session]
+	if int(c.Site) >= len(matches) {
+		if c.Site >= 1<<16 {
+			return false
+		}
+		matches = append(matches, make([]match, int(c.Site)+1-len(matches))...)
+		s.matches[session] = matches
+	}
+	if matches[c.Site] == unknown {
+		site, known := h.site(session, c.Site)
+		if !known {
+			return false // not decided for good: its name may still come
+		}
+		matches[c.Site] = no
+		if (s.filter.Session == "" || s.filter.Session == h.session(session)) && (s.filter.Site == nil || s.filter.Site(site)) {
+			matches[c.Site] = yes
+		}
+	}
+	return matches[c.Site] == yes && (s.filter.Request == "" || s.filter.Request == h.request(c.Key))
+}

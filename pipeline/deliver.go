@@ -1,0 +1,34 @@
+package pipeline
+
+import (
+	"runtime"
+
+	"dmi/tensor"
+)
+
+// deliver hands chunks to live subscribers, who wait for nothing, and then to the store. last: no others follow at once, so those who were woken may run before
+// the store and the books have their turn, which would otherwise keep them waiting where there is one processor, and for another to wake where there are more.
+func (p *Pipeline) deliver(chunks []tensor.Chunk, last bool) error {
+	if len(chunks) == 0 {
+		return nil
+	}
+	if p.options.Live != nil {
+		p.publishing.Lock()
+		p.options.Live.Publish(p.options.Session, chunks)
+		p.publishing.Unlock()
+		if last {
+			runtime.Gosched()
+		}
+	}
+	taken, bytes := 0, 0
+	var err error
+	for ; taken < len(chunks); taken++ {
+		if err = p.options.Store.AppendChunk(chunks[taken]); err != nil {
+			break
+		}
+		bytes += len(chunks[taken].Data)
+	}
+	p.chunks.Add(uint64(taken)) // once: workers would wait for each other's caches at every row
+	p.bytes.Add(uint64(bytes))
+	return err
+}

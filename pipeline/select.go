@@ -1,0 +1,254 @@
+package pipeline
+
+import (
+	"sync"
+	"time"
+
+	"dmi/drain"
+	"dmi/policy"
+	"dmi/ring"
+	"dmi/tensor"
+)
+
+// Rules are a session's policy. What a producer does not leave out itself is left out here, so that what is kept is what the policy of the step's revision says, whatever the
+// producer can do.
+type Rules interface {
+	// Plan is that of a revision, for so many sites at least; nil: everything is kept.
+	Plan(revision uint64, sites int) *policy.Plan
+	// Site is one that a plan was asked for, or a step has.
+	Site(number int) policy.Site
+	// Request is who a request is, as far as it was told by now, with what Prompt said.
+	Request(number uint64) (r policy.Request, known bool)
+	// Prompt says how many tokens a request's prompt has.
+	Prompt(number uint64, tokens uint32)
+}
+
+const (
+	keptPlans   = 8 // of the latest revisions that steps came under
+	keptUnknown = 1 << 16
+	keptWanted  = 1 << 16 // choices of requests, site by site
+	// A request is told on the socket before its first row is in the ring. Who is not known then is waited for, and after that has no id and no tags.
+	introduction = time.Second
+)
+
+// selector decides which rows are kept. Its methods may be called from any goroutine; what a lane's book has of it is under its lock as well.
+type selector struct {
+	rules Rules
+
+	mu      sync.Mutex
+	plans   map[uint64]*policy.Plan
+	order   []uint64        // of plans, oldest first
+	unknown map[uint64]bool // requests that were waited for in vain
+	wanted  map[choiceSite]bool
+}
+
+type choiceSite struct {
+	choice *policy.Choice
+	site   int
+}
+
+func newSelector(rules Rules) *selector {
+	return &selector{rules: rules, plans: map[uint64]*policy.Plan{}, unknown: map[uint64]bool{}, wanted: map[choiceSite]bool{}}
+}
+
+// opened takes note of where prompts end: where the step's rows say so, else with the rows of a request's first step, which are prefill.
+func (s *selector) opened(step *drain.Step) {
+	if step.Rows == nil {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for i := range step.Rows.Spaces[ring.SpaceTokens].Spans {
+		span := &step.Rows.Spaces[ring.SpaceTokens].Spans[i]
+		if span.Prompt == 0 && span.Phase != ring.PhasePrefill {
+			continue
+		}
+		r, _ := s.rules.Request(span.Request)
+		if span.Prompt != 0 {
+			if span.Prompt != r.Prompt {
+				s.rules.Prompt(span.Request, span.Prompt)
+			}
+			continue
+		}
+		first := prefix(step, span.Request)
+		if r.Prompt == 0 && span.Position == first || r.Prompt != 0 && span.Position == r.Prompt && continues(step, span.Request, first) {
+			s.rules.Prompt(span.Request, span.Position+span.Count)
+		}
+	}
+}
+
+// prefix is how many of a request's first positions the model took from its prefix cache in this step.
+func prefix(step *drain.Step, request uint64) uint32 {
+	for i := range step.Rows.Cached {
+		if span := &step.Rows.Cached[i]; span.Request == request && span.Position == 0 {
+			return span.Count
+		}
+	}
+	return 0
+}
+
+// continues reports whether the first row that a request has is in this step too, so that its prompt goes on in a further span.
+func continues(step *drain.Step, request uint64, first uint32) bool {
+	for i := range step.Rows.Spaces[ring.SpaceTokens].Spans {
+		if span := &step.Rows.Spaces[ring.SpaceTokens].Spans[i]; span.Request == request {
+			return span.Position == first
+		}
+	}
+	return false
+}
+
+// keepsAll reports whether the step's policy and its requests leave nothing out: then no verdict depends on what is known of them.
+func (s *selector) keepsAll(step *drain.Step) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.plan(step) == nil && !chosen(step)
+}
+
+// chosen reports whether some request of the step asks for some of its rows alone.
+func chosen(step *drain.Step) bool { return step.Rows != nil && step.Rows.Chosen }
+
+func (s *selector) plan(step *drain.Step) *policy.Plan {
+	plan, known := s.plans[step.Policy]
+	if known && (plan == nil || len(plan.Of) >= len(step.Sites)) {
+		return plan
+	}
+	if plan = s.rules.Plan(step.Policy, len(step.Sites)); !known {
+		if s.order = append(s.order, step.Policy); len(s.order) > keptPlans {
+			delete(s.plans, s.order[0])
+			s.order = s.order[1:]
+		}
+	}
+	s.plans[step.Policy] = plan
+	return plan
+}
+
+// keeps is what triggers of the step's policy keep, by site, and the revision that brought their document in.
+func (s *selector) keeps(step *drain.Step) ([]policy.Keep, uint64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	plan := s.plan(step)
+	if plan == nil || step.Rows == nil {
+		return nil, 0
+	}
+	return plan.Keeps, plan.Document
+}
+
+// wants reports whether a choice has a site.
+func (s *selector) wants(choice *policy.Choice, site int) bool {
+	key := choiceSite{choice, site}
+	wanted, known := s.wanted[key]
+	if !known {
+		if len(s.wanted) >= keptWanted {
+			clear(s.wanted)
+		}
+		wanted = choice.Site(s.rules.Site(site))
+		s.wanted[key] = wanted
+	}
+	return wanted
+}
+
+// request is who a span's rows are of. Of one that asks for some of its rows alone, and was not told, nothing is kept.
+func (s *selector) request(span *ring.RowSpan) policy.Request {
+	number := span.Request
+	r, known := s.rules.Request(number)
+	if !known && !s.unknown[number] {
+		for begun, over := time.Now(), false; !known && !over; {
+			time.Sleep(time.Millisecond)
+			over = time.Since(begun) >= introduction // before the last look, however late this goroutine comes to it
+			r, known = s.rules.Request(number)
+		}
+		if !known {
+			if len(s.unknown) >= keptUnknown {
+				clear(s.unknown)
+			}
+			s.unknown[number] = true
+		}
+	}
+	if span.Flags&ring.SpanChosen == 0 {
+		r.Choice = nil
+	} else if r.Choice == nil {
+		r.Choice = policy.Nothing
+	}
+	return r
+}
+
+// verdict is rows [from, to) of a site's row list, all at one level; Off: none is kept.
+type verdict struct {
+	from, to uint32
+	level    tensor.Level
+	unwanted bool // by the request itself: no trigger keeps them
+}
+
+// rowsOf names the verdicts on a row list of one step: of sites of one class, or of one site where a request chooses among sites.
+type rowsOf struct {
+	class     int
+	selection uint16
+	space     uint8
+}
+
+// verdicts gives those on rows [from, to) of a record's site, in order. They are worked out once a step for sites of one class.
+func (s *selector) verdicts(b *book, r *ring.Record, from, to uint32) []verdict {
+	site := r.Site
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	plan := s.plan(b.step)
+	if plan != nil && int(site) >= len(plan.Of) {
+		plan = nil
+	}
+	if b.step.Rows == nil || plan == nil && !chosen(b.step) {
+		return []verdict{{from: from, to: to, level: tensor.Full}}
+	}
+	class := -1 - int(site)
+	if !chosen(b.step) {
+		class = plan.Of[site]
+		if clause, uniform := plan.Classes[class].Uniform(); uniform && clause.Level.Level != tensor.Sampled {
+			return []verdict{{from: from, to: to, level: clause.Level.Level}}
+		}
+	}
+	space := b.step.Sites[site].Space
+	key := rowsOf{class, r.Selection, space}
+	all, done := b.verdicts[key]
+	if !done {
+		all = s.work(b.step, plan, int(site), b.step.Rows.List(r.Selection, space))
+		b.verdicts[key] = all
+	}
+	var part []verdict
+	for _, v := range all {
+		if v.to > from && v.from < to {
+			part = append(part, verdict{max(v.from, from), min(v.to, to), v.level, v.unwanted})
+		}
+	}
+	return part
+}
+
+func (s *selector) work(step *drain.Step, plan *policy.Plan, site int, list *ring.RowList) (all []verdict) {
+	for i := range list.Spans {
+		span := &list.Spans[i]
+		request := s.request(span)
+		wanted := request.Choice == nil || s.wants(request.Choice, site)
+		for n := range span.Count {
+			row := span.Row + n
+			token := policy.Token{Position: span.Position + n, Phase: policy.Phase(span.Phase)}
+			said := policy.Verdict{Level: policy.Level{Level: tensor.Full}, Kept: true}
+			unwanted := !wanted || !request.Choice.Token(request, token)
+			switch {
+			case unwanted:
+				said.Kept = false
+			case plan != nil:
+				said = plan.Row(site, request, token)
+			}
+			level := said.Level.Level
+			if !said.Kept {
+				level = tensor.Off
+			} else if level == tensor.Sampled {
+				level = tensor.Full
+			}
+			if last := len(all) - 1; last >= 0 && all[last].level == level && all[last].unwanted == unwanted {
+				all[last].to++
+			} else {
+				all = append(all, verdict{row, row + 1, level, unwanted})
+			}
+		}
+	}
+	return all
+}

@@ -1,0 +1,67 @@
+package policy
+
+import (
+	"math"
+
+	"dmi/tensor"
+)
+
+const everyPhase = 1<<Prefill | 1<<Decode
+
+// Gate is what a producer must give for a class: exactly the rows that it selects where a producer can tell them apart, by phase, sample and position alone; else a level from which
+// every row's own can be made.
+func (c *Class) Gate() tensor.Gate {
+	last := len(c.Clauses) - 1
+	gate := tensor.Gate{Level: c.Clauses[last].Level.Level, Stride: c.Clauses[last].Level.Stride}
+	for i := range c.Clauses[:last] {
+		clauses, exact := c.Clauses[i].gate()
+		if !exact {
+			return tensor.Gate{Level: c.enough()}
+		}
+		gate.Clauses = append(gate.Clauses, clauses...)
+	}
+	return gate
+}
+
+// enough is the one level that rows have, if they are not off; full where they have several.
+func (c *Class) enough() tensor.Level {
+	level := tensor.Off
+	for i := range c.Clauses {
+		switch l := c.Clauses[i].Level.Level; {
+		case l == tensor.Off || l == level:
+		case level == tensor.Off && l != tensor.Sampled:
+			level = l
+		default:
+			return tensor.Full
+		}
+	}
+	return level
+}
+
+// gate is a clause for producers; they do not know requests by name, nor where prompts end.
+func (c *Clause) gate() (clauses []tensor.GateClause, exact bool) {
+	if c.Only != nil || c.Rows == nil || len(c.Rows.IDs)+len(c.Rows.Tags) > 0 {
+		return nil, false
+	}
+	one := tensor.GateClause{Level: c.Level.Level, Stride: c.Level.Stride, Phases: everyPhase, Stop: math.MaxInt64, Step: 1}
+	if c.Rows.Sample > 0 {
+		one.Seed, one.Threshold = c.Rows.Seed, Threshold(c.Rows.Sample)
+		if one.Threshold == 0 { // which would be every request
+			return nil, false
+		}
+	}
+	if c.Rows.Phase != nil {
+		one.Phases = 1 << *c.Rows.Phase
+	}
+	if len(c.Rows.Tokens) == 0 {
+		return []tensor.GateClause{one}, true
+	}
+	for _, w := range c.Rows.Tokens {
+		if w.Region != All {
+			return nil, false
+		}
+		one.Start, one.Stop, one.Step = uint64(w.Start), uint64(w.Stop), w.Step
+		clauses = append(clauses, one)
+	}
+	return clauses, true
+}

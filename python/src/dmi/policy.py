@@ -1,0 +1,49 @@
+"""What is captured, changed while the model runs: `session.policy` and `store.policy`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from dmi.client import Client
+
+
+class Policy:
+    """The policy of a store (docs/format/policy.md). Changes take effect at the next step of every model attached to its engine."""
+
+    def __init__(self, client: Callable[[], Client]) -> None:
+        self._client = client
+
+    def get(self, revision: int | None = None) -> dict[str, Any]:
+        """The policy in force, or that of a revision that coverage names: `revision` {revision, time, document, text, off, lowered,
+        why}, `rules` [{name, level, in_force, priority, sites, bytes_per_s, ladder}], `default`, `current`."""
+        return dict(self._client().get("/policy", {"revision": revision}))
+
+    @property
+    def text(self) -> str:
+        """The document in force."""
+        return str(self.get()["revision"]["text"])
+
+    def set(self, document: str | Mapping[str, Any]) -> dict[str, Any]:
+        """Put a document into force: YAML text, or the same as a dictionary. Raises ValueError with line and column of everything that
+        is wrong, or that producers cannot do; then nothing changes."""
+        text = document if isinstance(document, str) else json.dumps(document, indent=1)
+        return dict(self._client().put("/policy", text.encode()))
+
+    def off(self) -> dict[str, Any]:
+        """The brake: nothing is captured any more, whatever the document says."""
+        return dict(self._client().post("/policy/off"))
+
+    def on(self) -> dict[str, Any]:
+        """Release the brake."""
+        return dict(self._client().post("/policy/on"))
+
+    def explain(self, request: str, name: str | None = None, *, position: int = 0, phase: str | None = None) -> list[dict[str, Any]]:
+        """Which rule decides about a token's rows, by site: `site, rule, line, level, captured, why, bytes_per_s`. `name` may be a glob; `phase`
+        "prefill" or "decode", or what the position is."""
+        return list(self._client().list("/policy/explain", {"request": request, "site": name, "position": position, "phase": phase}))
+
+    def revisions(self) -> list[dict[str, Any]]:
+        """Everything that was ever in force, oldest first, without the documents' texts."""
+        return list(self._client().list("/policy/revisions"))

@@ -1,0 +1,294 @@
+"""Which row of a vLLM step is which token of which request.
+
+vLLM's scheduler mixes whole prompts, chunks of prompts and single tokens of any number of requests in one step. Its model runner puts them
+one after another into one dimension; logits are computed of each request's last row alone. Where it speculates, guesses follow the last token, logits
+are computed of them too, and those that the model does not agree with are rejected: their positions come again."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from dmi._abi import SPAN_CACHED, SPAN_CHOSEN, SPAN_DRAFT, SPAN_REJECTED
+from dmi.requests import IDS_KEPT, Requests
+from dmi.rows import DECODE, PREFILL, SPANS
+from dmi.sites import LOGITS, TOKENS
+from dmi.vllm.options import options_of
+
+LABEL = "vllm_request"
+"""Label of a request under which it has the id that vLLM's processes know it by."""
+
+LABEL_LENGTH = 1024
+"""Characters of it at most; clients choose them, and the engine takes 4096 bytes."""
+
+log = logging.getLogger("vllm.dmi")
+
+
+def name_of(key: str) -> str:
+    """What a client knows a request by. vLLM puts eight characters behind it, so that none comes twice; and the OpenAI front end, of a completion, which
+    of its prompts it is: that of the first, or only one, has the id of the response."""
+    name, dash, random = key.rpartition("-")
+    if not dash or not name or len(random) != 8:
+        return key
+    return name.removesuffix("-0") if name.startswith("cmpl-") else name
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a model runner has put together for a step, in the order of its rows."""
+
+    ids: Sequence[str]
+    counts: Sequence[int]
+    """Tokens of each request."""
+    positions: Sequence[int]
+    """Of its first."""
+    drafts: Sequence[int] = ()
+    """So many of them, the last, are guesses. Empty: none of anybody."""
+
+
+@dataclass
+class _Sequence:
+    """A request that vLLM has under way."""
+
+    number: int
+    prompt: int
+    tokens: list[int]
+    """That it has, prompt included, as far as is known; none, ever, where the prompt is embeddings."""
+    flags: int = 0
+    """Of its spans."""
+    most: int | None = None
+    """Tokens that it can come to have."""
+    stops: frozenset[int] = frozenset()
+    begun: bool = False
+    over: bool = False
+    """It has its last token."""
+    done: int = 0
+    """Positions below were computed, and not as guesses. Computing one again, after a preemption, is another attempt."""
+    attempt: int = 0
+    highest: int = 0
+    """Attempt that any row had."""
+    rejected: dict[int, int] = field(default_factory=dict)
+    """Positions from `done` on that were computed for a guess that was rejected, and in which attempt."""
+
+    def at(self, position: int) -> int:
+        """The attempt in which a position is computed next."""
+        return max(self.attempt, self.rejected.get(position, -1) + 1)
+
+    def parts(self, first: int, count: int, drafts: int) -> Iterator[tuple[int, int, int, int]]:
+        """Rows from a position on, the last of them guesses: runs of one kind and attempt, as (place, count, attempt, flags)."""
+        place = 0
+        while place < count:
+            guess, attempt = place >= count - drafts, self.at(first + place)
+            end = place + 1
+            while end < count and (end >= count - drafts) == guess and self.at(first + end) == attempt:
+                end += 1
+            self.highest = max(self.highest, attempt)
+            yield place, end - place, attempt, self.flags | (SPAN_DRAFT if guess else 0)
+            place = end
+
+    def take(self, first: int, new: list[int]) -> int:
+        """Tokens that were sampled, to stand from a position on. Returns how many of them it keeps: none follows its last."""
+        if self.over:
+            return 0
+        kept = len(new)
+        for index, token in enumerate(new):
+            if token in self.stops or first + index + 1 == self.most:
+                self.over, kept = True, index + 1
+                break
+        if new and first <= len(self.tokens):  # of a prompt's part nothing is sampled
+            self.tokens[first:] = new[:kept]
+        return kept
+
+
+Asked = dict[str, tuple[_Sequence, int, int]]
+"""Of a step's requests: who, the position of the first row whose logits were computed, and the guesses behind it."""
+
+
+class Batches:
+    """The requests of one model runner, and the row tables of its steps. All but `sampled` belongs to the model's thread."""
+
+    def __init__(self, requests: Requests, longest: int | None = None) -> None:
+        """`longest`: tokens that the model takes."""
+        self._requests = requests
+        self._longest = longest
+        self._sequences: dict[str, _Sequence] = {}
+        self._finished: list[_Sequence] = []
+        self._wrong: list[tuple[_Sequence, int, int, int]] = []  # rejected guesses: of whom, from which position, how many, their attempt
+        self._sampled: deque[tuple[Asked, Sequence[str], Sequence[list[int]]]] = deque()
+        self._named: dict[str, None] = {}
+        self.asked: Asked = {}
+        """Of the last step."""
+
+    # -------------------------------------------------------------- who comes and goes
+    def begin(self, arrivals: Iterable[Any]) -> None:
+        """Requests that the scheduler tells of for the first time, or once more: resumed, or with a longer prompt. `arrivals`: vLLM's NewRequestData."""
+        for data in arrivals:
+            known = getattr(data, "prefill_token_ids", None) or data.prompt_token_ids or []
+            sequence = self._sequences.get(data.req_id)
+            if sequence is None:
+                sequence = self._sequences[data.req_id] = self._begin(data)
+            elif len(data.prompt_token_ids or ()) > sequence.prompt:
+                sequence.prompt, sequence.over = len(data.prompt_token_ids), False
+                sequence.most = self._most(sequence.prompt, data.sampling_params)
+            if len(known) > len(sequence.tokens):
+                sequence.tokens = list(known)
+
+    def _begin(self, data: Any) -> _Sequence:
+        embedded = getattr(data, "prompt_embeds", None)
+        prompt = len(data.prompt_token_ids) if data.prompt_token_ids is not None else len(embedded) if embedded is not None else 0
+        parameters = data.sampling_params
+        options = options_of(parameters)
+        if options.wrong:
+            log.warning("DMI: request %s: nothing of it is captured: %s", data.req_id, options.wrong)
+        labels = {**options.labels, LABEL: data.req_id[:LABEL_LENGTH]}
+        (number,) = self._requests.begin(1, names=[self._name(data.req_id)], labels=labels, tags=options.tags)
+        stops = {getattr(parameters, "eos_token_id", None), *(getattr(parameters, "stop_token_ids", None) or ())} - {None}
+        return _Sequence(number, prompt, [], SPAN_CHOSEN if options.chosen else 0, self._most(prompt, parameters), frozenset(stops))
+
+    def _most(self, prompt: int, parameters: Any) -> int | None:
+        wanted = getattr(parameters, "max_tokens", None)
+        bounds = [bound for bound in (self._longest, None if wanted is None else prompt + wanted) if bound is not None]
+        return min(bounds, default=None)
+
+    def _name(self, key: str) -> str:
+        name = name_of(key)
+        if name in self._named:
+            return key
+        self._named[name] = None
+        if len(self._named) > IDS_KEPT:
+            del self._named[next(iter(self._named))]
+        return name
+
+    def finish(self, ids: Iterable[str]) -> None:
+        """They are over: finished or aborted, which a worker is not told."""
+        for key in ids:
+            sequence = self._sequences.pop(key, None)
+            if sequence is not None:
+                self._finished.append(sequence)
+
+    def tell_finished(self, step: int) -> None:
+        """No rows of those that are over come after a step."""
+        for sequence in self._finished:
+            self._end(sequence, "finished", step)
+        self._finished.clear()
+
+    def end_all(self, step: int) -> None:
+        """Nothing comes any more. vLLM does not say of its last requests that they are over: they have all their tokens then."""
+        self.tell_finished(step)
+        for sequence in self._sequences.values():
+            self._end(sequence, "finished" if sequence.over else "aborted", step)
+        self._sequences.clear()
+
+    def _end(self, sequence: _Sequence, reason: str, step: int) -> None:
+        if sequence.tokens:
+            self._requests.update(sequence.number, tokens=sequence.tokens)
+        self._requests.end(sequence.number, reason, step)
+
+    def settle(self) -> None:
+        """Tell the tokens of those that are under way."""
+        for sequence in self._sequences.values():
+            if sequence.tokens:
+                self._requests.update(sequence.number, tokens=list(sequence.tokens))
+
+    # -------------------------------------------------------------- rows
+    def table(self, batch: Batch) -> bytes:
+        """Spans of a step, and of what was rejected in the one before."""
+        count = np.asarray(batch.counts, "<u4")
+        position = np.asarray(batch.positions, "<u4")
+        drafts = np.asarray(batch.drafts, "<u4") if len(batch.drafts) else np.zeros(len(count), "<u4")
+        going = [self._sequences[key] for key in batch.ids]
+        cached: list[tuple[int, int, int]] = []
+        split = bool(drafts.any())
+        rows = list(zip(going, position.tolist(), count.tolist(), drafts.tolist(), strict=True))
+        for sequence, at, n, guesses in rows:
+            if at < sequence.done:
+                sequence.attempt = sequence.highest + 1
+                sequence.rejected.clear()
+            elif at > 0 and not sequence.begun:  # the prefix cache has what comes before
+                cached.append((sequence.number, at, sequence.prompt))
+            sequence.begun = True
+            sequence.done = at + n - guesses
+            split = split or bool(sequence.rejected)
+        self.asked = {key: (sequence, at + n - guesses - 1, guesses) for key, (sequence, at, n, guesses) in zip(batch.ids, rows, strict=True)}
+        tokens = _spans(going, TOKENS, count, position, count == 1 + drafts)
+        logits = _spans(going, LOGITS, drafts + 1, position + count - drafts - 1, count == 1 + drafts)
+        if split:
+            tokens, logits = (_split(spans, going, drafts.tolist()) for spans in (tokens, logits))
+        for sequence in going:
+            sequence.highest = max(sequence.highest, sequence.attempt)
+        return bytes(tokens.tobytes() + logits.tobytes()) + _cached(cached) + self.verdict()
+
+    def sampled(self, asked: Asked, ids: Sequence[str], tokens: Sequence[list[int]]) -> None:
+        """What came of a step that `asked` was said of. Any thread."""
+        self._sampled.append((asked, ids, tokens))
+
+    def learn(self) -> bool:
+        """Take in what was sampled. True: there is a verdict on guesses that no table has told of."""
+        while self._sampled:
+            asked, ids, tokens = self._sampled.popleft()
+            for key, new in zip(ids, tokens, strict=False):
+                if key in asked:
+                    self._learn(*asked[key], list(new))
+        return bool(self._wrong)
+
+    def _learn(self, sequence: _Sequence, first: int, drafts: int, new: list[int]) -> None:
+        kept = sequence.take(first + 1, new)
+        if drafts == 0:
+            return
+        accepted = min(drafts, max(0, kept - 1))
+        for place, count, attempt, _ in sequence.parts(first + 1 + accepted, drafts - accepted, 0):
+            self._wrong.append((sequence, first + 1 + accepted + place, count, attempt))
+        again = {position: sequence.at(position) for position in range(first + 1 + accepted, first + 1 + drafts)}
+        sequence.done = first + 1 + accepted
+        sequence.rejected = {position: attempt for position, attempt in (sequence.rejected | again).items() if position >= sequence.done}
+
+    def verdict(self) -> bytes:
+        """Spans of the guesses that were rejected since the last table."""
+        spans = np.zeros(len(self._wrong), SPANS)
+        for span, (sequence, position, count, attempt) in zip(spans, self._wrong, strict=True):
+            span["request"], span["position"], span["count"], span["attempt"] = sequence.number, position, count, attempt
+        spans["space"], spans["flags"], spans["phase"] = TOKENS, SPAN_REJECTED, DECODE
+        self._wrong.clear()
+        return spans.tobytes()
+
+
+def _spans(going: Sequence[_Sequence], space: int, count: Any, position: Any, decode: Any) -> Any:
+    spans = np.zeros(len(going), SPANS)
+    spans["request"] = [sequence.number for sequence in going]
+    spans["space"] = space
+    spans["first"] = np.cumsum(count) - count
+    spans["count"] = count
+    spans["position"] = position
+    spans["attempt"] = [sequence.attempt for sequence in going]
+    spans["prompt"] = [sequence.prompt for sequence in going]
+    spans["flags"] = [sequence.flags for sequence in going]
+    spans["phase"] = np.where(decode & (position >= spans["prompt"]), DECODE, PREFILL)
+    return spans
+
+
+def _split(spans: Any, going: Sequence[_Sequence], drafts: Sequence[int]) -> Any:
+    """Spans whose rows are all of one attempt, and all guesses or none."""
+    out = []
+    for span, sequence, guesses in zip(spans, going, drafts, strict=True):
+        for place, count, attempt, flags in sequence.parts(int(span["position"]), int(span["count"]), guesses):
+            part = span.copy()
+            part["first"] += place
+            part["position"] += place
+            part["count"], part["attempt"], part["flags"] = count, attempt, flags
+            out.append(part)
+    return np.array(out, SPANS)
+
+
+def _cached(prefixes: Sequence[tuple[int, int, int]]) -> bytes:
+    if not prefixes:
+        return b""
+    spans = np.zeros(len(prefixes), SPANS)
+    spans["space"] = TOKENS
+    spans["request"], spans["count"], spans["prompt"] = np.asarray(prefixes).T
+    spans["flags"] = SPAN_CACHED
+    return spans.tobytes()

@@ -1,0 +1,121 @@
+"""One model runner of vLLM's, observed: a session whose steps are its forwards."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from dmi.attaching import begin, device_of, new_session
+from dmi.hook import HookError
+from dmi.instrument import Plan, Ring
+from dmi.requests import Requests
+from dmi.session import Session
+from dmi.vllm.batches import Asked, Batch, Batches
+from dmi.vllm.hooks import Hooks
+from dmi.vllm.settings import DIGEST, Settings
+from dmi.vllm.sites import plan
+
+
+class Observer:
+    """What `Session` needs of an instrumentation, driven by a model runner."""
+
+    def __init__(self, runner: Any, model: nn.Module, chosen: Plan, ring: Ring, numbers: Sequence[int], requests: Requests) -> None:
+        self._ring = ring
+        self._requests = requests
+        self._batches = Batches(requests, runner.max_model_len)
+        self._step = 0
+        self._opened = False
+        self._hooks = Hooks(model, chosen, ring.tensor, numbers)
+
+    # -------------------------------------------------------------- the runner's calls
+    def scheduled(self, output: Any) -> None:
+        """The scheduler's output for a step comes in."""
+        self.close(aborted=True)  # of a forward that nothing followed
+        news = self._batches.learn()
+        self._batches.finish(output.finished_req_ids)
+        if news and output.total_num_scheduled_tokens == 0:  # no table comes to tell it
+            self._judge()
+            news = False
+        if not news:
+            self._batches.tell_finished(self._step)
+        self._batches.begin(output.scheduled_new_reqs)
+
+    def open(self, batch: Batch) -> None:
+        """The model is about to run over a batch."""
+        table = self._batches.table(batch)
+        self._step = self._requests.next_step()
+        self._ring.open_step(self._step, table, width=(0, 0, 0), packed=True)
+        self._opened = True
+        self._batches.tell_finished(self._step)
+
+    def close(self, *, aborted: bool) -> None:
+        """Its logits are there: what the model computes from here on, prompt logprobs say, is no row."""
+        if self._opened:
+            self._opened = False
+            self._ring.close_step(self._step, aborted=aborted)
+
+    def asked(self) -> Asked:
+        """What to give `sampled` for the last step."""
+        return self._batches.asked
+
+    def sampled(self, asked: Asked, ids: Sequence[str], tokens: Sequence[list[int]]) -> None:
+        """What was sampled in a step. Any thread."""
+        self._batches.sampled(asked, ids, tokens)
+
+    def _judge(self) -> None:
+        """A step of no rows, which says of the guesses before it which were rejected."""
+        table = self._batches.verdict()
+        self._step = self._requests.next_step()
+        self._ring.open_step(self._step, table, width=(0, 0, 0), packed=True)
+        self._ring.close_step(self._step)
+
+    # -------------------------------------------------------------- the session's
+    def outside(self) -> int:
+        return 0  # vLLM's own warm-up and dummy runs, which nobody asked to see
+
+    def step(self, rows: Any, *, requests: Sequence[int] | None = None, keys: int | None = None) -> contextlib.AbstractContextManager[list[int]]:
+        raise HookError("session.step: vLLM opens its steps itself")
+
+    def settle(self) -> None:
+        if self._batches.learn() and not self._opened:
+            self._judge()
+        self._batches.settle()
+
+    def remove(self) -> None:
+        self._hooks.remove()
+        self.settle()
+        self._batches.end_all(self._step)
+
+
+def observe(runner: Any, settings: Settings) -> tuple[Session, Observer]:
+    """Attach to the model that a runner has loaded. Raises what `dmi.attach` does."""
+    model = runner.get_model()
+    ranks = runner.vllm_config.parallel_config.tensor_parallel_size
+    chosen = plan(model, settings.hooks, ranks)
+    _tell_compiler(runner.vllm_config, settings.digest([site.name for site in chosen.sites]))
+    session = new_session(settings.mode, settings.text, None, None, ())
+    observers: list[Observer] = []
+
+    def install(model: nn.Module, plan: Plan, ring: Ring, numbers: Sequence[int], requests: Requests) -> Observer:
+        observers.append(Observer(runner, model, plan, ring, numbers, requests))
+        return observers[-1]
+
+    ring = {
+        "device": device_of(model),
+        "payload_mib": settings.ring_mib,
+        "staging_mib": settings.staging_mib,
+        "wait_bound_s": settings.wait_bound_s,
+    }
+    begin(session, model, chosen, list(settings.hooks), store=settings.store or None, engine=settings.engine or None, token=settings.token,
+          ring=ring, install=install)  # fmt: skip
+    return session, observers[0]
+
+
+def _tell_compiler(config: Any, digest: str) -> None:
+    """vLLM keeps what it compiled, by a hash of its configuration, which hooks are no part of; `additional_config` is."""
+    if not isinstance(config.additional_config, dict):
+        raise HookError("additional_config is no dictionary, so that vLLM's compile cache cannot be told of hooks")
+    config.additional_config = {**config.additional_config, DIGEST: digest}

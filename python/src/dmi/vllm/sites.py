@@ -1,0 +1,195 @@
+"""The vocabulary in vLLM's own model trees: which of the names of docs/sites.md they give, where, and which not and why.
+
+vLLM packs the tokens of all requests into one dimension, T here; carries the residual stream as two tensors, whose sum is what
+Hugging Face's models call the hidden state; and fuses projections. Values are those of the unfused model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from dmi.families import mapping_for
+from dmi.hook import HookError, Transform
+from dmi.instrument import Plan, resolve
+from dmi.sites import (
+    INNER,
+    LOGITS,
+    OPTIONAL,
+    ROW,
+    Refusal,
+    SiteSpec,
+    Tap,
+    find,
+    heads,
+    hook_points,
+    norm_statistics,
+    piece,
+)
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+"""Families whose modules in vLLM are those of `_Tree`."""
+
+RESIDUAL = "residual"
+"""`Tap.which` of a sum of two tensors: a block's arguments or output, or a norm's arguments."""
+PAGED = "vLLM's attention kernels read a paged cache and never form them; dmi.recompute_attention makes them on reading"
+SHARDED = "each of the tensor-parallel ranks has a part of it, and DMI does not gather parts yet"
+
+
+@dataclass(frozen=True)
+class _Tree:
+    """Where a vLLM decoder keeps its parts."""
+
+    backbone: str = "model"
+    embed: str = "embed_tokens"
+    blocks: str = "layers"
+    norm: str = "norm"
+    logits: str = "logits_processor"
+
+
+def plan(model: nn.Module, patterns: Sequence[str], ranks: int = 1) -> Plan:
+    """What patterns select in a vLLM model that `ranks` tensor-parallel ranks share. Raises HookError as `dmi.attach` does."""
+    mapping = mapping_for(model)
+    tree = _Tree()
+    known = [_packed(site) for site in hook_points(model)]
+    refusals: list[Refusal] = []
+    facts: dict[str, Any] = {}
+    blocks = find(model, f"{tree.backbone}.{tree.blocks}")
+    if getattr(getattr(model, "config", None), "model_type", None) in MODEL_TYPES and isinstance(blocks, nn.ModuleList):
+        vocabulary = _Vocabulary(model, tree, len(blocks), ranks)
+        known += vocabulary.sites
+        refusals = vocabulary.refusals
+        facts = vocabulary.facts
+    else:
+        mapping = None
+    result = resolve(model, patterns, known, refusals, mapping)
+    named = {site.name for site in known}
+    sites = tuple(site if site.name in named else _packed(site) for site in result.sites)
+    return replace(result, sites=sites, facts=facts)
+
+
+def _packed(site: SiteSpec) -> SiteSpec:
+    """A user's point: the first dimension counts rows, and any others are inner ones."""
+    return replace(site, tap=replace(site.tap, transform=None))
+
+
+class _Vocabulary:
+    def __init__(self, model: nn.Module, tree: _Tree, layers: int, ranks: int) -> None:
+        config: Any = model.config
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        self.model = model
+        self.ranks = ranks
+        self.sites: list[SiteSpec] = []
+        self.refusals: list[Refusal] = []
+        self.n_heads = int(config.num_attention_heads)
+        self.n_kv_heads = int(getattr(config, "num_key_value_heads", None) or self.n_heads)
+        self.d_model = int(config.hidden_size)
+        self.d_head = int(getattr(config, "head_dim", None) or self.d_model // self.n_heads)
+        self.d_mlp = int(config.intermediate_size)
+        self.facts = {"n_layers": layers, "n_heads": self.n_heads, "n_kv_heads": self.n_kv_heads, "d_model": self.d_model, "d_head": self.d_head}
+        parameter = next(model.parameters(), None)
+        self.item_bytes = 4 if parameter is None else parameter.element_size()
+        embed = f"{tree.backbone}.{tree.embed}"
+        self.add("tokens", Tap(embed, "in"), 1, aliases=("embed.hook_in",), flags=OPTIONAL, roles=(ROW,))
+        self.add("hook_embed", Tap(embed, "out"), self.d_model, aliases=("embed.hook_out", embed), flags=OPTIONAL)
+        for layer in range(layers):
+            self._block(layer, f"{tree.backbone}.{tree.blocks}.{layer}")
+        self._norm("ln_final", f"{tree.backbone}.{tree.norm}", None, ("unembed.hook_in",))
+        processor: Any = model.get_submodule(tree.logits)
+        capped = getattr(processor, "soft_cap", None) is not None or getattr(processor, "scale", 1.0) != 1.0
+        if capped:
+            self.refuse("unembed.hook_out", "vLLM scales or caps the logits in the module that computes them", "logits")
+        # vLLM puts the softmax's input together in one module; what it samples from comes after it.
+        aliases = () if capped else ("unembed.hook_out", "hook_unembed")
+        self.add("logits", Tap(tree.logits, "out"), int(config.vocab_size), aliases=aliases, space=LOGITS)
+
+    def add(self, name: str, tap: Tap, items: int, *, roles: tuple[int, ...] = (ROW, INNER), **rest: Any) -> None:
+        self.sites.append(SiteSpec(name, tap, bytes_per_token=items * self.item_bytes, roles=roles, **rest))
+
+    def shard(self, name: str, tap: Tap, items: int, **rest: Any) -> None:
+        """A site that is whole on one rank only where there is no other."""
+        if self.ranks == 1:
+            self.add(name, tap, items, **rest)
+        else:
+            self.refuse(name, SHARDED)
+
+    def refuse(self, name: str, reason: str, nearest: str = "") -> None:
+        self.refusals.append(Refusal(name, reason, nearest))
+
+    def _norm(self, name: str, path: str, layer: int | None, aliases: tuple[str, ...]) -> None:
+        scale, normalized = norm_statistics(self.model.get_submodule(path))
+        self.add(f"{name}.hook_scale", Tap(path, "in", RESIDUAL, scale), 1, layer=layer)
+        self.add(f"{name}.hook_normalized", Tap(path, "in", RESIDUAL, normalized), self.d_model, layer=layer)
+        self.add(f"{name}.hook_out", Tap(path, "out"), self.d_model, layer=layer, aliases=(*aliases, path))
+
+    def _block(self, layer: int, path: str) -> None:
+        name, d = f"blocks.{layer}", self.d_model
+        at: dict[str, Any] = {"layer": layer}
+        self.add(f"{name}.hook_resid_pre", Tap(path, "in", RESIDUAL), d, aliases=(f"{name}.hook_in",), **at)
+        self._norm(f"{name}.ln1", f"{path}.input_layernorm", layer, (f"{name}.attn.hook_in",))
+        self._attention(layer, f"{path}.self_attn")
+        self.add(f"{name}.hook_attn_out", Tap(f"{path}.self_attn", "out"), d,
+                 aliases=(f"{name}.attn.hook_out", f"{path}.self_attn", f"{name}.attn.o.hook_out"), **at)  # fmt: skip
+        ln2 = f"{path}.post_attention_layernorm"
+        self.add(f"{name}.hook_resid_mid", Tap(ln2, "in", RESIDUAL), d, aliases=(f"{name}.ln2.hook_in",), **at)
+        self._norm(f"{name}.ln2", ln2, layer, (f"{name}.mlp.hook_in",))
+        mlp, both = f"{path}.mlp", f"{path}.mlp.gate_up_proj"
+        for index, (hook, alias) in enumerate((("hook_pre", "gate"), ("hook_pre_linear", "in"))):
+            part = piece(index * self.d_mlp, (index + 1) * self.d_mlp)
+            self.shard(f"{name}.mlp.{hook}", Tap(both, "out", None, part), self.d_mlp, aliases=(f"{name}.mlp.{alias}.hook_out",), **at)
+        self.shard(f"{name}.mlp.hook_post", Tap(f"{mlp}.down_proj", "in"), self.d_mlp, aliases=(f"{name}.mlp.out.hook_in",), **at)
+        self.add(f"{name}.hook_mlp_out", Tap(mlp, "out"), d, aliases=(f"{name}.mlp.hook_out", mlp, f"{name}.mlp.out.hook_out"), **at)
+        self.add(f"{name}.hook_resid_post", Tap(path, "out", RESIDUAL), d, aliases=(f"{name}.hook_out", path), **at)
+
+    def _attention(self, layer: int, path: str) -> None:
+        name, d = f"blocks.{layer}.attn", self.d_head
+        rest: dict[str, Any] = {"layer": layer, "roles": (ROW, INNER, INNER)}
+        counts = {"q": self.n_heads, "k": self.n_kv_heads, "v": self.n_kv_heads}
+        start = 0
+        for part, count in counts.items():
+            split = piece(start, start + count * d, d)
+            self.shard(f"{name}.hook_{part}", Tap(f"{path}.qkv_proj", "out", None, split), count * d, aliases=(f"{name}.{part}.hook_out",), **rest)
+            start += count * d
+        for index, part in enumerate("qk"):
+            # The rotary module is one for all layers; what comes out of it goes into the layer's own attention.
+            self.shard(f"{name}.hook_rot_{part}", Tap(f"{path}.attn", "in", index, heads(d)), counts[part] * d, **rest)
+        for hook in ("hook_attn_scores", "hook_pattern"):
+            self.refuse(f"{name}.{hook}", PAGED, f"{name}.hook_rot_q and {name}.hook_rot_k")
+        self.shard(f"{name}.hook_z", Tap(f"{path}.o_proj", "in", None, heads(d)), self.n_heads * d, aliases=(f"{name}.o.hook_in",), **rest)
+
+
+# ------------------------------------------------------------------ where a tap finds its tensor
+def taken(tap: Tap, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
+    """The tensor of a tap, in a module's arguments or its output; None where there is none, in this forward."""
+    if tap.which == RESIDUAL:
+        value = _residual(args, kwargs) if tap.side == "in" else output[0] + output[1]
+    elif tap.side == "in":
+        value = _argument(args, kwargs, tap.which)
+    elif tap.which is None:
+        value = output[0] if isinstance(output, tuple) else output
+    else:
+        value = output[tap.which] if isinstance(tap.which, int) else getattr(output, tap.which)
+    if not isinstance(value, Tensor):
+        return None
+    transform: Transform | None = tap.transform
+    return value if transform is None else transform(value)
+
+
+def _residual(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What a block (positions, hidden_states, residual) or a norm (x, residual) is given of the residual stream: no residual at the first."""
+    names = [value for value in args if isinstance(value, Tensor) and value.is_floating_point()]
+    hidden: Tensor | None = kwargs.get("hidden_states", names[0] if names else None)
+    residual: Tensor | None = kwargs.get("residual", names[1] if len(names) > 1 else None)
+    if hidden is None:
+        raise HookError("a vLLM block was called without hidden states")
+    return hidden if residual is None else hidden + residual
+
+
+def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], which: int | str | None) -> Any:
+    if isinstance(which, str):
+        return kwargs.get(which)
+    if which is not None:
+        return args[which] if which < len(args) else None
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)

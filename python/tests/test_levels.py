@@ -1,0 +1,132 @@
+"""Levels below full, from the policy to what is read back: values within their bounds, figures as torch computes them, every row on the books at its level."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import dmi
+from dmi.engine import binary
+from sessions import alive, balanced, engine_pid, llama, plainly, prompts, until
+
+HOOKS = ["blocks.*.hook_resid_post", "blocks.*.hook_resid_pre", "blocks.*.attn.hook_pattern", "tokens"]
+POLICY = """
+default: off
+rules:
+- {name: tokens, hooks: tokens, level: full}
+- {name: patterns, hooks: attn.hook_pattern, layers: 0, level: stats}
+- {name: keys, hooks: attn.hook_pattern, layers: 1, level: int8}
+- {name: figures, hooks: resid_pre, layers: 1, level: stats}
+- {name: bytes, hooks: resid_pre, layers: 0, level: int8}
+- {name: ends, hooks: resid_post, layers: 1, tokens: ["prompt[-1]", "generated"], level: full}
+- {name: rest, hooks: resid_post, layers: 1, level: fp8}
+- {name: every, hooks: resid_post, layers: 0, phase: prefill, level: sampled/4}
+- {name: generated, hooks: resid_post, layers: 0, level: stats}
+"""
+pytestmark = pytest.mark.newest
+
+
+def figures(row: torch.Tensor) -> dict[str, float]:
+    x = row.double().flatten()
+    kept = x[x.isfinite()]
+    return {"mean": kept.mean().item(), "rms": kept.square().mean().sqrt().item(), "min": kept.min().item(), "max": kept.max().item(),
+            "absmax": kept.abs().max().item(), "l2": kept.norm().item(), "nonfinite": float(len(x) - len(kept)), "count": float(len(x))}  # fmt: skip
+
+
+def quantised(got: torch.Tensor, want: torch.Tensor, level: str) -> None:
+    """Within half a step of the row's scale; of fp8, 1/16 of a value and half its least code."""
+    want = want.float()
+    scale = want.abs().amax(dim=-1, keepdim=True) / (126 if level == "int8" else 416)
+    bound = scale * 0.5001 if level == "int8" else want.abs() * 0.06251 + scale / 1023
+    assert ((got - want).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("mode", ["best-effort", "complete"])
+def test_levels_from_policy_to_reader(tmp_path: Path, mode: str) -> None:
+    model = llama()
+    with dmi.attach(model, HOOKS, store=tmp_path / "s", mode=mode) as session, torch.no_grad():
+        session.policy.set(POLICY)
+        with plainly(model.model.layers[0]) as first, plainly(model.model.layers[1]) as second:
+            out = model(prompts(1, 9), use_cache=True)
+            for _ in range(3):
+                out = model(prompts(1, 1), past_key_values=out.past_key_values)
+        post0, post1 = torch.cat(first, dim=1)[0], torch.cat(second, dim=1)[0]
+        session.flush()
+        cache = session.cache(request=session.requests[-1])
+        engine = engine_pid(tmp_path / "s")
+
+        # layer 1: full where a window says so, fp8 elsewhere
+        with pytest.raises(dmi.IncompleteError, match=r"captured\(fp8\) 8"):
+            cache["resid_post", 1]
+        assert cache.levels_of("blocks.1.hook_resid_post") == ["fp8"] * 8 + ["full"] * 4
+        read = cache.get("blocks.1.hook_resid_post", level="any")
+        assert read.dtype == torch.float32 and torch.equal(read[8:], post1[8:].float())
+        quantised(read[:8], post1[:8], "fp8")
+        assert torch.equal(cache.get("blocks.1.hook_resid_post", tokens=slice(8, 12)), post1[8:])
+
+        # layer 0: every fourth of the prompt, figures of what was generated
+        with pytest.raises(dmi.IncompleteError):
+            cache["resid_post", 0]
+        assert torch.equal(cache.get("blocks.0.hook_resid_post", partial=True), post0[[0, 4, 8]])
+        lines = {line["position"]: line for line in cache.stats("blocks.0.hook_resid_post")}
+        assert sorted(lines) == [0, 4, 8, 9, 10, 11]
+        for position, line in lines.items():
+            assert line["level"] == ("full" if position < 9 else "stats")
+            for name, value in figures(post0[position]).items():
+                assert line[name] == pytest.approx(value, rel=2e-7, abs=1e-7), (position, name)
+
+        # resid_pre of layer 1 is resid_post of layer 0; of layer 0, int8 of what went in
+        assert cache.levels_of("blocks.0.hook_resid_pre") == ["int8"] * 12
+        ids = cache["tokens"].flatten()
+        quantised(cache.get("blocks.0.hook_resid_pre", level="any"), torch.nn.functional.embedding(ids, model.model.embed_tokens.weight.cpu()), "int8")
+        for line in cache.stats("blocks.1.hook_resid_pre"):
+            for name, value in figures(post0[line["position"]]).items():
+                assert line[name] == pytest.approx(value, rel=2e-7, abs=1e-7)
+
+        # attention: figures of a query's own keys alone; codes back to weights that sum to one
+        for line in cache.stats("blocks.0.attn.hook_pattern"):
+            heads = model.config.num_attention_heads
+            assert line["count"] == heads * (line["position"] + 1) and line["level"] == "stats"
+            assert line["mean"] * line["count"] == pytest.approx(heads, rel=1e-3)
+        pattern = cache.get("blocks.1.attn.hook_pattern", level="any")
+        assert pattern.shape == (model.config.num_attention_heads, 12, 12)
+        assert (pattern.triu(1) == 0).all() and (pattern.sum(-1) - 1).abs().max() < 12 / 252
+
+        outcomes = dmi.open(tmp_path / "s").coverage(session=session.id)["outcomes"]
+        assert outcomes["captured"] == {"full": 12 + 4 + 3, "stats": 12 + 12 + 3, "int8": 12 + 12, "fp8": 8}
+        assert outcomes["skipped"] == {"policy": 6}
+    until(lambda: not alive(engine))
+    store = dmi.open(tmp_path / "s")
+    assert balanced(store.coverage(session=session.id))
+    assert torch.equal(store.cache(request=session.requests[-1]).get("blocks.1.hook_resid_post", level="any"), read)
+    subprocess.run([binary(), "verify", "--store", tmp_path / "s"], check=True, capture_output=True)
+    levels: dict[str, str] = {}
+    for path in (tmp_path / "s" / "segments").glob("*.safetensors"):
+        with safe_open(path, "pt") as segment:
+            metadata = segment.metadata()
+            levels |= {name: what["level"] for name, what in json.loads(metadata.get("dmi.levels", "{}")).items()}
+            assert all(segment.get_slice(name).get_dtype() == "U8" for name in json.loads(metadata.get("dmi.levels", "{}")))
+    assert set(levels.values()) == {"fp8", "int8"}
+
+
+def test_what_is_not_finite_stays_so(tmp_path: Path) -> None:
+    model = llama()
+    with dmi.attach(model, ["blocks.*.hook_resid_post"], store=tmp_path / "s") as session, torch.no_grad():
+        session.policy.set("rules:\n- {hooks: resid_post, layers: 0, level: int8}\n- {hooks: resid_post, layers: 1, level: stats}\n")
+        weight = model.model.layers[0].mlp.down_proj.weight
+        weight[3] = float("nan")
+        weight[5] = float("inf")
+        with plainly(model.model.layers[0]) as first, plainly(model.model.layers[1]) as second:
+            model(prompts(1, 4), use_cache=False)
+        session.flush()
+        read = session.cache(request=session.requests[-1]).get("blocks.0.hook_resid_post", level="any")
+        want = first[0][0].float()
+        assert torch.equal(read.isnan(), want.isnan()) and torch.equal(read[want.isinf()], want[want.isinf()])
+        assert want.isnan().any()
+        lines = session.cache(request=session.requests[-1]).stats("blocks.1.hook_resid_post")
+        assert [line["nonfinite"] for line in lines] == (~second[0][0].isfinite()).sum(-1).tolist()

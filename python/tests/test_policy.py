@@ -1,0 +1,102 @@
+"""What is captured changes while a model runs: at the next step, by site, and every row on the books under the revision that decided."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dmi
+from sessions import alive, balanced, engine_pid, llama, plainly, prompts, until
+
+HOOKS = ["blocks.*.hook_resid_post", "blocks.*.hook_resid_pre", "logits"]
+pytestmark = pytest.mark.newest
+
+
+def ranges(session: dmi.Session, site: str) -> list[tuple[int, int, str, int]]:
+    """(first, count, outcome, revision) of the latest request's rows at a site, neighbours merged."""
+    session.flush()
+    merged: list[tuple[int, int, str, int]] = []
+    for r in session.cache(request=session.requests[-1]).coverage(site)["ranges"]:
+        first, count, fate = r["first"], r["count"], (r["outcome"], r["policy"])
+        if merged and merged[-1][2:] == fate and merged[-1][0] + merged[-1][1] == first:
+            first, count = merged[-1][0], merged.pop()[1] + count
+        merged.append((first, count, *fate))
+    return merged
+
+
+def test_policy_acts_at_the_next_step(tmp_path: Path) -> None:
+    model = llama()
+    with plainly(model.model.layers[1]) as seen, dmi.attach(model, HOOKS, store=tmp_path / "s") as session, torch.no_grad():
+        assert session.policy.get()["revision"]["revision"] == 0
+        ids = prompts(1, 4)
+        out = model(ids, use_cache=True)
+        session.policy.set("default: off\nrules:\n- {name: kept, hooks: hook_resid_post, layers: 1, level: full}\n")
+        out = model(prompts(1, 1), past_key_values=out.past_key_values)
+        out = model(prompts(1, 2), past_key_values=out.past_key_values)
+        session.policy.off()
+        out = model(prompts(1, 1), past_key_values=out.past_key_values)
+        session.policy.on()
+        out = model(prompts(1, 1), past_key_values=out.past_key_values)
+        session.policy.set({"rules": [{"hooks": "logits", "level": "off"}]})
+        model(prompts(1, 1), past_key_values=out.past_key_values)
+        assert ranges(session, "blocks.1.hook_resid_post") == [(0, 4, "captured", 0), (4, 3, "captured", 1), (7, 1, "skipped", 2), (8, 1, "captured", 3), (9, 1, "captured", 4)]
+        assert ranges(session, "blocks.0.hook_resid_pre") == [(0, 4, "captured", 0), (4, 3, "skipped", 1), (7, 1, "skipped", 2), (8, 1, "skipped", 3), (9, 1, "captured", 4)]
+        cache = session.cache(request=session.requests[-1])
+        with pytest.raises(dmi.IncompleteError, match="skipped"):
+            cache["resid_post", 1]
+        assert torch.equal(cache.get("blocks.1.hook_resid_post", tokens=slice(0, 7)), torch.cat(seen, dim=1)[0, :7])
+        engine = engine_pid(tmp_path / "s")
+    until(lambda: not alive(engine))
+    store = dmi.open(tmp_path / "s")
+    books = store.coverage(session=session.id)
+    assert balanced(books)
+    # 5 sites by 6 tokens at which something was off: 3 tokens x 4 sites, 1 x 5, 1 x 4, 1 x 1. Logits of a prompt's other tokens are not computed, not skipped.
+    assert books["outcomes"]["skipped"] == {"policy": 3 * 4 + 5 + 4 + 1}
+    assert [r["why"].split()[0] for r in store.policy.revisions()] == ["set", "brake", "brake", "set"]
+    assert store.policy.get(revision=1)["revision"]["text"].startswith("default: off")
+    with pytest.raises(dmi.EngineError, match="only reads"):
+        store.policy.off()
+
+
+def test_refused_policies_change_nothing(tmp_path: Path) -> None:
+    model = llama()
+    with dmi.attach(model, HOOKS, store=tmp_path / "s") as session, torch.no_grad():
+        for document, said in {
+            "rules: [{level: ful}]": "line 1, column 17.*there are full",
+            "rules:\n- {hook: x, level: off}": "line 2, column 4.*did you mean hooks",
+            "budgets: {copied_bytes_per_s: 1MB}\nrules:\n- {level: full, degrade: [sampled/8, off]}": "sampled/8 does not hold copied_bytes_per_s",
+        }.items():
+            with pytest.raises(ValueError, match=said):
+                session.policy.set(document)
+        assert session.policy.get()["revision"]["revision"] == 0
+        model(prompts(1, 3), use_cache=False)
+        assert session.cache()["resid_post", 1].shape == (1, 3, 64)
+
+
+def test_explain_says_the_rule_and_its_price(tmp_path: Path) -> None:
+    model = llama()
+    with dmi.attach(model, HOOKS, store=tmp_path / "s") as session, torch.no_grad():
+        model(prompts(1, 3), use_cache=False)
+        session.flush()
+        session.policy.set("rules:\n- name: no logits\n  hooks: logits\n  level: off\n")
+        verdicts: dict[str, Any] = {v["site"]: v for v in session.policy.explain(session.requests[-1], position=1)}
+        logits = next(v for name, v in verdicts.items() if "unembed" in name or name == "logits")
+        assert (logits["rule"], logits["line"], logits["captured"], logits["bytes_per_s"]) == ("no logits", 2, False, 0)
+        residual = verdicts["blocks.1.hook_resid_post"]
+        assert (residual["rule"], residual["captured"]) == ("default", True)
+        with pytest.raises(dmi.NotCapturedError):
+            session.policy.explain("none")
+
+
+def test_a_policy_outlives_its_engine_and_meets_the_next_model(tmp_path: Path) -> None:
+    model = llama()
+    with dmi.attach(model, HOOKS, store=tmp_path / "s") as session:
+        session.policy.set("rules:\n- {hooks: logits, level: off}\n")
+    with dmi.attach(model, HOOKS, store=tmp_path / "s") as session, torch.no_grad():
+        assert session.policy.get()["revision"]["revision"] == 1
+        model(prompts(1, 3), use_cache=False)
+        assert all(r[2] == "skipped" and r[3] == 1 for r in ranges(session, "logits") if r[2] != "not_computed")
+        assert ranges(session, "blocks.1.hook_resid_post") == [(0, 3, "captured", 1)]

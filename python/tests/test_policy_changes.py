@@ -1,0 +1,145 @@
+"""Random policies, set as fast as they are taken, while a model runs: every row is what the revision that its books name makes of it, at its level, and those
+in full are the model's own, bit for bit. DMI_POLICY_CHANGES=10000 runs as many; a share of that runs always."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import dmi
+from sessions import balanced, llama, plainly, prompts, until
+
+CHANGES = int(os.environ.get("DMI_POLICY_CHANGES", "400"))
+SITES = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
+Document = dict[str, Any]
+
+
+def draw(choose: random.Random, bounds: list[float]) -> Document:
+    """A document of rules whose meaning `level` says in a few lines. Bounds: of rows' norms."""
+    rules = []
+    for _ in range(choose.randrange(4)):
+        rule: Document = {"level": choose.choice(["full", "full", "off", "sampled/2", "sampled/3", "int8", "fp8", "stats"])}
+        if choose.random() < 0.6:
+            rule["hooks"] = choose.choice(SITES)
+        if choose.random() < 0.4:
+            rule["phase"] = choose.choice(["prefill", "decode"])
+        if choose.random() < 0.4:
+            rule["tokens"] = choose.choice(["prompt[-1]", "generated[:1]", "all[1:4]", "all[::2]", "prompt"])
+        if choose.random() < 0.3:
+            rule["requests"] = choose.choice([{"ids": "*.*0"}, {"ids": "*.*1"}, {"tags": ["here"]}, {"tags": ["nowhere"]}])
+        rules.append(rule)
+    document: Document = {"default": choose.choice(["full", "off", "sampled/2", "int8"]), "rules": rules}
+    if choose.random() < 0.4:  # rows of a step that a trigger keeps, of the site that it watches and perhaps of the one before or behind it
+        document["triggers"] = [{"hooks": choose.choice(SITES), "when": {"statistic": "l2", "above": choose.choice(bounds)}, "keep": choose.choice([[], SITES]), "cooldown": "1h"}]
+    return document
+
+
+def level(document: Document, site: str, request: str, position: int, prompt: int) -> str:
+    windows = {"prompt[-1]": position == prompt - 1, "generated[:1]": position == prompt, "all[1:4]": 1 <= position < 4, "all[::2]": position % 2 == 0,
+               "prompt": position < prompt}  # fmt: skip
+    for rule in document["rules"]:
+        wanted = rule.get("requests", {})
+        if (
+            rule.get("hooks", site) == site
+            and rule.get("phase", "prefill" if position < prompt else "decode") == ("prefill" if position < prompt else "decode")
+            and windows.get(rule.get("tokens", ""), True)
+            and ("ids" not in wanted or request.endswith(wanted["ids"][-1]))
+            and wanted.get("tags", ["here"]) == ["here"]
+        ):
+            return str(rule["level"])
+    return str(document["default"])
+
+
+def kept(document: Document, site: str, request: str, position: int, prompt: int) -> str:
+    """The level at which a row is captured; "" where it is not."""
+    found = level(document, site, request, position, prompt)
+    if found.startswith("sampled"):
+        found = "full" if position % int(found[-1]) == 0 else "off"
+    return "" if found == "off" else found
+
+
+def triggered(document: Document, site: int, position: int, prompt: int, values: torch.Tensor) -> bool:
+    """Whether a trigger keeps a request's row: one of its rows in the same step, at the site that is watched, met the condition. `values`: [sites, positions, width]."""
+    for trigger in document.get("triggers", []):
+        watched = SITES.index(trigger["hooks"])
+        step = slice(0, prompt) if position < prompt else slice(position, position + 1)
+        if (site == watched or trigger["keep"]) and bool((values[watched, step].double().norm(dim=-1) > trigger["when"]["above"]).any()):
+            return True
+    return False
+
+
+def test_random_changes_under_a_running_model(tmp_path: Path) -> None:
+    model = llama()
+    choose = random.Random(int(torch.randint(2**31, ())))  # of the test's seed
+    in_force: dict[int, Document | None] = {0: {"default": "full", "rules": []}}
+    done, failure = threading.Event(), []
+    with plainly(model.model.layers[0]) as first, plainly(model.model.layers[1]) as second, torch.no_grad(), \
+            dmi.attach(model, "blocks.*.hook_resid_post", store=tmp_path / "s", tags=["here"]) as session:  # fmt: skip
+
+        model(prompts(8, 8), use_cache=False)
+        norms = torch.stack([first[0], second[0]]).double().norm(dim=-1)
+        bounds = [float(norms.quantile(q)) for q in (0.1, 0.5, 0.9)]
+
+        def change() -> None:
+            try:
+                with dmi.open(tmp_path / "s") as store:
+                    said: Document = {"default": "full", "rules": []}
+                    for _ in range(CHANGES):
+                        if choose.random() < 0.1:
+                            in_force[store.policy.off()["revision"]["revision"]] = None
+                            in_force[store.policy.on()["revision"]["revision"]] = said
+                        else:
+                            said = draw(choose, bounds)
+                            in_force[store.policy.set(said)["revision"]["revision"]] = said
+            except Exception as error:
+                failure.append(error)
+            finally:
+                done.set()
+
+        thread = threading.Thread(target=change)
+        thread.start()
+        requests: dict[str, tuple[int, torch.Tensor]] = {}  # prompt, values by site and position
+        while not done.is_set():
+            first.clear()
+            second.clear()
+            batch, length = choose.randrange(1, 4), choose.randrange(1, 6)
+            out = model(prompts(batch, length), use_cache=True)
+            names = list(session.requests)[-batch:]
+            for _ in range(3):
+                out = model(prompts(batch, 1), use_cache=True, past_key_values=out.past_key_values)
+            values = torch.stack([torch.cat(first, dim=1), torch.cat(second, dim=1)])
+            if len(requests) < 1500:
+                requests |= {name: (length, values[:, row]) for row, name in enumerate(names)}
+        thread.join()
+        assert not failure, failure
+        session.flush()
+        seen: set[int] = set()
+        rows = full = reduced = by_trigger = 0
+        for request, (prompt, values) in requests.items():
+            cache = session.cache(request=request)
+            for number, site in enumerate(SITES):
+                for r in cache.coverage(site)["ranges"]:
+                    seen.add(r["policy"])
+                    document = in_force[r["policy"]]
+                    step = r.get("stride", 1)
+                    for position in range(r["first"], r["first"] + r["count"] * step, step):
+                        want = "" if document is None else kept(document, site, request, position, prompt)
+                        if document is not None and want != "full" and triggered(document, number, position, prompt, values):
+                            want = "full"
+                            by_trigger += 1
+                        assert (r["level"] if r["outcome"] == "captured" else "") == want, (request, site, position, r, document)
+                        rows += 1
+                        reduced += want not in ("", "full")
+                        if want == "full":
+                            full += 1
+                            assert torch.equal(cache.get(site, tokens=slice(position, position + 1))[0], values[number, position]), (request, site, position)
+        assert rows == sum(2 * values.shape[1] for _, values in requests.values())
+        assert balanced(session.coverage())
+        assert len(seen) > min(len(requests), CHANGES) / 20 and 0 < full < rows and reduced > 0 and (by_trigger > 0 or rows < 1000)
+        print(f"{CHANGES} changes; {len(seen)} revisions met {rows} rows of {len(requests)} requests, of which {full} were captured in full, {by_trigger} of them for a trigger, and {reduced} at lower levels")
+        until(lambda: session.policy.get()["revision"]["revision"] == max(in_force))

@@ -1,0 +1,187 @@
+"""`vllm serve` with a worker process of its own, observed, and an OpenAI client: what a request says of itself, what a response says of its captures,
+what the metrics say; and an engine that is stopped, killed and started again while requests come."""
+
+from __future__ import annotations
+
+import random
+import signal
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+import dmi
+from observed import fresh_seed
+
+pytest.importorskip("vllm", reason="vLLM is not in this environment: `make test-vllm` has one")
+
+import openai
+
+from served import VOCABULARY, Alone, model_on_disk, tokenizer_on_disk
+from vllm_server import Daemon, daemon, serving
+
+RESIDUAL = "blocks.2.hook_resid_post"
+
+
+class Server(NamedTuple):
+    address: str
+    log: Path
+    model: Path
+    engine: Daemon
+
+    def ask(self, prompt: list[int], key: str = "", **extra: Any) -> Any:
+        client = openai.OpenAI(base_url=self.address + "/v1", api_key="none", max_retries=0, timeout=300)
+        headers = {"X-Request-Id": key} if key else {}
+        body = {"ignore_eos": True, **({"vllm_xargs": extra} if extra else {})}
+        return client.completions.create(model="model", prompt=prompt, max_tokens=6, temperature=0, extra_headers=headers, extra_body=body)
+
+    def flushed(self) -> Any:
+        """The store, once the engine has everything of the requests that are over."""
+        store = dmi.open(self.engine.store)
+        store._fresh().post("/flush")
+        return store
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("serve")
+    model = model_on_disk(folder / "model")
+    tokenizer_on_disk(model, VOCABULARY)
+    with daemon(folder / "captures") as engine:
+        observe = {"DMI_HOOKS": "tokens blocks.*.hook_resid_post logits", "DMI_ENGINE": str(engine.socket), "DMI_TEXT": "ids", "DMI_RING_MIB": "32", "DMI_STAGING_MIB": "32"}
+        arguments = ["--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "8", "--max-num-batched-tokens", "64", "--kv-cache-memory-bytes", str(64 << 20),
+                     "--enforce-eager", "--distributed-executor-backend", "mp"]  # fmt: skip
+        with serving(folder / "vllm", model, *arguments, environ=observe) as (address, log):
+            yield Server(address, log, model, engine)
+
+
+def positions(store: Any, request: str, site: str) -> list[int]:
+    try:
+        return list(store.cache(request=request).positions_of(site).tolist())
+    except (dmi.NotCapturedError, dmi.IncompleteError):
+        return []
+
+
+def test_requests_say_what_is_captured_of_them(server: Server) -> None:
+    choose = random.Random(fresh_seed())
+    prompt = [choose.randrange(VOCABULARY) for _ in range(9)]
+    rows = len(prompt) + 5
+    plain = server.ask(prompt, dmi_reference=1)
+    off = server.ask(prompt, dmi_capture="off", dmi_reference=1)
+    sites = server.ask(prompt, dmi_sites=["logits", "blocks.2.*"], dmi_positions=["prompt[-1]", "generated[:2]"], dmi_tags="trial eu")
+    wrong = server.ask(prompt, dmi_layers="3")
+    window = server.ask(prompt, dmi_positions="prompt[x]")
+    named = server.ask(prompt, key="chat-7")
+    store = server.flushed()
+    texts = {answer.choices[0].text for answer in (plain, off, sites, wrong, window, named)}
+    assert len(texts) == 1, "what is captured changes what is answered"
+
+    told = plain.kv_transfer_params["dmi"]
+    assert told["observed"] and told["request"] == plain.id and told["store"] == str(server.engine.store)
+    assert [info["id"] for info in store.requests(session=told["session"], labels={"vllm_request": told["vllm_request"]})] == [plain.id]
+    assert off.kv_transfer_params["dmi"] == {"observed": False, "reason": "the request asked for nothing to be captured"}
+    assert getattr(sites, "kv_transfer_params", None) is None
+
+    everything = list(range(rows))
+    assert positions(store, plain.id, RESIDUAL) == positions(store, plain.id, "blocks.0.hook_resid_post") == everything
+    assert positions(store, sites.id, RESIDUAL) == positions(store, sites.id, "logits") == [8, 9, 10]
+    assert positions(store, sites.id, "blocks.0.hook_resid_post") == []
+    assert [info["id"] for info in store.requests(tag="trial")] == [sites.id]
+    for nothing in (off, wrong, window):
+        assert all(not positions(store, nothing.id, site) for site in ("tokens", RESIDUAL, "logits"))
+        assert set(store.cache(request=nothing.id).coverage()["outcomes"]) <= {"skipped", "not_computed"}
+    (told,) = [info for info in store.requests(labels={"dmi.capture": "off"}) if info["id"] == wrong.id]
+    assert "no option" in told["labels"]["dmi.error"]
+    assert "'dmi_layers' is no option" in server.log.read_text(errors="replace") and "prompt[x]" in server.log.read_text(errors="replace")
+    assert positions(store, named.id, RESIDUAL) == everything and named.id == "cmpl-chat-7"
+    alone = Alone(server.model).run(store.cache(request=named.id).tokens.tolist())
+    got = store.cache(request=named.id)[RESIDUAL]
+    assert torch.allclose(got, alone[RESIDUAL][: len(got)], atol=2e-4 * alone[RESIDUAL].abs().max().item())
+
+
+def test_the_policy_is_the_upper_bound(server: Server) -> None:
+    store = dmi.open(server.engine.store)
+    store.policy.set("rules: [{hooks: logits, level: off}]")
+    try:
+        answer = server.ask([5, 6, 7], dmi_sites="logits, blocks.2.hook_resid_post")
+        store = server.flushed()
+        assert positions(store, answer.id, "logits") == [] and positions(store, answer.id, RESIDUAL) == list(range(8))
+        (verdict,) = store.policy.explain(answer.id, "blocks.0.hook_resid_post")
+        assert verdict["rule"] == "the request" and not verdict["captured"]
+    finally:
+        store.policy.set("default: full")
+
+
+def test_metrics(server: Server) -> None:
+    with urllib.request.urlopen(server.address + "/metrics", timeout=60) as answer:
+        text = answer.read().decode()
+    assert 'dmi_vllm_observed{reason="",worker="0"} 1.0' in text
+    assert 'dmi_vllm_sites{worker="0"} 5.0' in text
+    assert 'dmi_vllm_device_bytes{worker="0"} 6.7108864e+07' in text
+    assert 'dmi_vllm_kv_blocks_cost{worker="0"} 0.0' in text, "the cache's size is the user's"
+
+
+def test_engine_stopped_killed_and_started_again(server: Server) -> None:
+    """No request fails; what came while there was an engine is whole, and every row is on the books."""
+    seed = fresh_seed()
+    answers: list[Any] = []
+    failures: list[BaseException] = []
+    over = threading.Event()
+
+    def client(number: int) -> None:
+        choose = random.Random(seed + number)
+        while not over.is_set():
+            prompt = [choose.randrange(VOCABULARY) for _ in range(choose.randrange(1, 40))]
+            try:
+                answers.append((prompt, server.ask(prompt)))
+            except BaseException as error:
+                failures.append(error)
+                return
+
+    def more(count: int) -> None:
+        until = len(answers) + count
+        deadline = time.monotonic() + 300
+        while len(answers) < until and not failures:
+            assert time.monotonic() < deadline, "requests do not come to their ends"
+            time.sleep(0.02)
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        more(10)
+        server.engine.signal(signal.SIGSTOP)
+        more(20)
+        server.engine.signal(signal.SIGCONT)
+        more(10)
+        server.engine.signal(signal.SIGKILL)
+        more(20)
+        server.engine.start()
+        more(10)
+        server.engine.signal(signal.SIGTERM)
+        more(10)
+        server.engine.start()
+        more(10)
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+    assert not failures, failures
+    deadline = time.monotonic() + 120
+    last = server.ask([3, 4, 5])  # captured, once the session is back
+    while not positions(server.flushed(), last.id, RESIDUAL):
+        assert time.monotonic() < deadline, "the session does not come back"
+        time.sleep(0.2)
+        last = server.ask([3, 4, 5])
+    store = server.flushed()
+    for prompt, answer in answers:
+        assert len(answer.choices[0].text.split()) <= 6 and answer.usage.completion_tokens == 6
+        for site in ("blocks.0.hook_resid_post", RESIDUAL, "logits"):
+            outcomes = store.cache(request=answer.id).coverage(site)["outcomes"]
+            assert sum(sum(reasons.values()) for reasons in outcomes.values()) == len(prompt) + 5, (answer.id, site, outcomes)
+            assert set(outcomes.get("lost", {})) <= {"engine_exit"}, (answer.id, site, outcomes)  # what the killed engine had on its way

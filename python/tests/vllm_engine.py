@@ -1,0 +1,99 @@
+"""A vLLM engine in a process of its own, driven step by step: what a test wants of it comes as JSON, and so does what became of it.
+
+    python vllm_engine.py job.json result.json
+
+A job: `engine`, arguments of `vllm.LLM`; `requests`, each `id, prompt, max_tokens`, the step at which it arrives, and maybe the one at which it is
+aborted, `extra`, arguments of its own, and `logprobs`, of its prompt; `cache`, whether vLLM's compile cache is to work, which the CPU build breaks by lacking one function."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # so that its scheduler can be watched from here
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
+
+
+def mend_cache() -> None:
+    """Loading what was compiled ends, on the CPU, in a call that this build's functions do not have."""
+    import torch
+
+    load = torch.compiler.load_compiled_function
+
+    def loaded(*args: Any, **kwargs: Any) -> Any:
+        function = load(*args, **kwargs)
+        compiled = function._artifacts.compiled_fn
+        if not hasattr(compiled, "finalize_loading"):
+            compiled.finalize_loading = lambda config: None
+        return function
+
+    torch.compiler.load_compiled_function = loaded
+
+
+def runner_of(worker: Any) -> str:
+    return type(worker.model_runner).__module__
+
+
+def main(job: dict[str, Any]) -> dict[str, Any]:
+    if job.get("cache"):
+        mend_cache()
+    from vllm import LLM, SamplingParams
+    from vllm.compilation.counter import compilation_counter
+
+    llm = LLM(skip_tokenizer_init=True, **job["engine"])
+    engine: Any = llm.llm_engine
+    scheduler = engine.engine_core.engine_core.scheduler
+    preempted: list[str] = []
+    preempt = scheduler._preempt_request
+
+    def watched(request: Any, *args: Any, **kwargs: Any) -> Any:
+        preempted.append(request.request_id)
+        return preempt(request, *args, **kwargs)
+
+    scheduler._preempt_request = watched
+    guesses = {"drafted": 0, "accepted": 0}
+    tell = scheduler.make_spec_decoding_stats
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        guesses["drafted"] += kwargs["num_draft_tokens"]
+        guesses["accepted"] += kwargs["num_accepted_tokens"]
+        return tell(*args, **kwargs)
+
+    scheduler.make_spec_decoding_stats = counted
+    waiting = sorted(job["requests"], key=lambda request: request["arrive"])
+    aborts = sorted((request["abort"], request["id"]) for request in waiting if request.get("abort") is not None)
+    tokens: dict[str, list[int]] = {}
+    cached: dict[str, int] = {}
+    references: dict[str, Any] = {}
+    step = 0
+    while waiting or engine.has_unfinished_requests():
+        while waiting and waiting[0]["arrive"] <= step:
+            request = waiting.pop(0)
+            parameters = SamplingParams(max_tokens=request["max_tokens"], temperature=0, detokenize=False, ignore_eos=True,
+                                        extra_args=request.get("extra"), prompt_logprobs=request.get("logprobs"))  # fmt: skip
+            engine.add_request(request["id"], {"prompt_token_ids": request["prompt"]}, parameters)
+        while aborts and aborts[0][0] <= step:
+            engine.abort_request([aborts.pop(0)[1]])
+        for output in engine.step():
+            tokens[output.request_id] = list(output.outputs[0].token_ids)
+            if output.kv_transfer_params:
+                references[output.request_id] = output.kv_transfer_params.get("dmi")
+            cached[output.request_id] = max(cached.get(output.request_id, 0), output.num_cached_tokens or 0)
+        step += 1
+        if step % 1000 == 0:
+            print(f"step {step}: {len(tokens)} of {len(job['requests'])} requests have begun", flush=True)
+    observed = "dmi" in job["engine"].get("additional_config", {}) or "DMI_HOOKS" in os.environ
+    result = {"tokens": tokens, "cached": cached, "references": references, "preempted": len(preempted), "steps": step, **guesses,
+              "runner": str(llm.collective_rpc(runner_of)[0]), "loaded": compilation_counter.num_aot_artifacts_loaded}
+    if observed:
+        result["flushed"] = llm.collective_rpc("dmi_flush")[0]
+        result["status"], *result["others"] = llm.collective_rpc("dmi_status")
+    engine.engine_core.shutdown()
+    return result
+
+
+if __name__ == "__main__":
+    Path(sys.argv[2]).write_text(json.dumps(main(json.loads(Path(sys.argv[1]).read_text()))))

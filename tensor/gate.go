@@ -1,0 +1,43 @@
+package tensor
+
+import "slices"
+
+// Gate is what a producer is asked to give of a site, row by row: at least what is kept. The first clause that takes a row decides, else Level.
+type Gate struct {
+	Level   Level
+	Stride  uint32 // of Sampled: rows at positions that are multiples of it, in full
+	Clauses []GateClause
+
+	// Rows in full beyond that. Bits are indices of watches.
+	Watch uint64 // conditions that the site's rows are held against, whatever their level
+	Keep  uint64 // where rows of a request met one of these in a step, its rows of the step come in full
+	Offer bool   // rows below full are offered in full, to be fetched or not
+}
+
+// Watch is a condition on a row that a producer evaluates as it captures: exactly one of NonFinite, Figure and Probe is set.
+type Watch struct {
+	NonFinite    bool
+	Figure       string // of a row at level Stats, by its name
+	Probe        []float32
+	Bias         float64
+	Above, Below float64 // infinities where there is no such bound
+}
+
+// FigureNames are the figures of a row at level Stats in their order, but for the last, which counts elements.
+var FigureNames = []string{"mean", "rms", "min", "max", "absmax", "l2", "nonfinite"}
+
+// Off reports whether no row is asked for.
+func (g *Gate) Off() bool {
+	return g.Watch == 0 && g.Keep == 0 && !g.Offer && g.Level == Off && !slices.ContainsFunc(g.Clauses, func(c GateClause) bool { return c.Level != Off })
+}
+
+// GateClause takes rows of requests in a sample, in some phases, at positions Start, Start + Step, ... below Stop.
+type GateClause struct {
+	Level       Level
+	Stride      uint32
+	Threshold   uint64 // the hashes of the requests are below it; 0: every request
+	Seed        uint64 // of the hash
+	Phases      uint8  // a bit for each
+	Start, Stop uint64
+	Step        uint32
+}
