@@ -8,6 +8,7 @@ softmax. The model's own configuration, its masks and every unobserved module st
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import sys
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmi.hook import Collector, Group, HookError, symbolic_sites
+from dmi.hook import Group, HookError, symbolic_sites
 
 _numbers = itertools.count()
 PAGED = "paged|"
@@ -43,19 +44,58 @@ class AttentionHook:
                 f"the model's attention implementation changed from {self.implementation!r} to "
                 f"{self.source._attn_implementation!r} while attached: detach, change it, attach again"
             )
-        cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
+        cache = kwargs.get("dmi_cache")
+        if cache is None:
+            cache = _Given(kwargs.get("past_key_values", kwargs.get("layer_past")))
+        if "rot_k" in self.places and not torch.compiler.is_compiling():
+            cache.watch()
         return args, {**kwargs, "dmi_hooks": (*kwargs.get("dmi_hooks", ()), self), "dmi_cache": cache}
 
-    def take(self, module: nn.Module, query: Tensor, key: Tensor, cache: Any, scores: Any, weights: Any) -> None:
+    def take(self, module: nn.Module, query: Tensor, key: Tensor, cache: _Given, scores: Any, weights: Any) -> None:
         places, group = self.places, self.group
         if "rot_q" in places:
             group.put(places["rot_q"], query.transpose(1, 2), module.training)
         if "rot_k" in places:
-            group.put(places["rot_k"], new_keys(module, key, query.shape[2], cache, group.collector).transpose(1, 2), module.training)
+            keys = cache.keys if cache.keys is not None else new_keys(module, key, query.shape[2], cache.cache)
+            group.put(places["rot_k"], keys.transpose(1, 2), module.training)
         if "scores" in places:
             group.put(places["scores"], scores, module.training)
         if "pattern" in places:
             group.put(places["pattern"], weights, module.training)
+
+
+class _Given:
+    """The key-value cache that a module was called with, and the keys that the module gave it.
+
+    Attention is given the whole cache, out of which a kernel a layer would have to gather this step's keys: it costs more than their capture
+    does. So, but in compiled code, the cache's `update` is watched for the one call that the module makes."""
+
+    def __init__(self, cache: Any) -> None:
+        self.cache = cache
+        self.keys: Tensor | None = None
+
+    def watch(self) -> None:
+        update = getattr(self.cache, "update", None)
+        if update is None or isinstance(update, _Update):
+            return
+        with contextlib.suppress(AttributeError):  # an object that takes none: then the keys are gathered
+            self.cache.update = _Update(self, update)
+
+    def leave(self) -> None:
+        """The cache as it was."""
+        if isinstance(getattr(self.cache, "__dict__", {}).get("update"), _Update):
+            del self.cache.update
+
+
+class _Update:
+    def __init__(self, given: _Given, update: Callable[..., Any]) -> None:
+        self._given = given
+        self._update = update
+
+    def __call__(self, key_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self._given.leave()
+        self._given.keys = key_states
+        return self._update(key_states, *args, **kwargs)
 
 
 class _Seen:
@@ -64,12 +104,10 @@ class _Seen:
     scores: Tensor | None = None
 
 
-def new_keys(module: nn.Module, key: Tensor, tokens: int, cache: Any, collector: Collector) -> Tensor:
+def new_keys(module: nn.Module, key: Tensor, tokens: int, cache: Any) -> Tensor:
     """This step's keys, out of those that attention was given: all of the cache's. [B, heads, tokens, d_head].
 
-    Dynamic caches, and sliding windows that overflow, have them last; static ones at the slots where they were written,
-    which are the same in all layers of a cache: the first layer's that asks are remembered until the collector is
-    cleared. (The kernels that tell them cost more than the capture does.)
+    Dynamic caches, and sliding windows that overflow, have them last; static ones at the slots where they were written.
     """
     cache = getattr(cache, "self_attention_cache", cache)
     layers = getattr(cache, "layers", None)
@@ -78,13 +116,9 @@ def new_keys(module: nn.Module, key: Tensor, tokens: int, cache: Any, collector:
         length = getattr(layer, "cumulative_length", None)
         full = getattr(layer, "cumulative_length_int", 0) > getattr(layer, "max_cache_len", 0)
         if isinstance(length, Tensor) and not full:
-            slots = None if torch.compiler.is_compiling() else collector.slots.get((id(cache), tokens))
-            if slots is None:
-                slots = length.reshape(1) - tokens
-                if tokens > 1:
-                    slots = slots + torch.arange(tokens, device=key.device)
-                if not torch.compiler.is_compiling():
-                    collector.slots[id(cache), tokens] = slots
+            slots = length.reshape(1) - tokens
+            if tokens > 1:
+                slots = slots + torch.arange(tokens, device=key.device)
             return key.index_select(2, slots)
     return key[:, :, key.shape[2] - tokens :]
 
@@ -200,6 +234,8 @@ def _observed(functions: Any, implementation: str, eager: Any) -> Callable[..., 
 
     def attention(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
         hooks, cache = kwargs.pop("dmi_hooks", ()), kwargs.pop("dmi_cache", None)
+        if cache is not None and not torch.compiler.is_compiling():
+            cache.leave()
         output = calls[original(module.config)._attn_implementation](module, query, key, *args, **kwargs)
         scores, seen.scores = seen.scores, None
         for hook in hooks:

@@ -66,8 +66,6 @@ class Collector:
         self.groups: list[Group] = []
         self.places: list[int] = []
         self.held_bytes = 0
-        self.slots: dict[tuple[int, int], Tensor] = {}
-        """Of static caches, by identity and number of tokens: where this forward's keys are."""
         self.whole = False
         """Whether the forward is traced as a whole, so that a group may go on into the next block. Where blocks are compiled one by
         one, each has to begin with nothing waiting, or no two would be compiled alike."""
@@ -100,7 +98,6 @@ class Collector:
     def clear(self) -> None:
         """Begin anew: forget what the forward before, or one that was aborted, left behind."""
         self._let_go()
-        self.slots.clear()
 
     def _let_go(self) -> None:
         self.tensors.clear()

@@ -14,8 +14,8 @@ MIB = 1 << 20
 
 def test_memory(tmp_path: Path) -> None:
     fresh_seed()
-    model = model_of("llama")
-    ids = torch.randint(3, 128, (2, 9))
+    model = model_of("llama").cuda()
+    ids = torch.randint(3, 128, (2, 9), device="cuda")
     with torch.no_grad():
         model(ids, use_cache=False)
         # A ring of another size first: what CUDA loads once for a process (kernels, a stream's state) is no ring's.
