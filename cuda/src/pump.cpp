@@ -16,10 +16,23 @@
 namespace dmi {
 namespace {
 
-// Between two looks at a device that is at work. What it adds to the time until the engine knows.
+// Between two looks at a device that is at work. What it adds to the time until the engine knows, and as much again or more for the sleep
+// to end.
 constexpr uint64_t kLookNs = 10'000;
+// How long it is looked at without a sleep after something came of a look: a step's records come close together, and so do the engine's
+// command for them and the end of a small copy.
+constexpr uint64_t kSpinNs = 50'000;
 // How long a device is looked at after it said that it is idle: that word may overtake the last record; and mostly another step follows.
 constexpr uint64_t kLingerNs = 2'000'000;
+
+// A moment in which the core does as good as nothing.
+void pause() {
+#if defined(__x86_64__)
+  for (int i = 0; i < 16; ++i) __builtin_ia32_pause();
+#else
+  std::this_thread::yield();
+#endif
+}
 
 }  // namespace
 
@@ -50,7 +63,17 @@ void Pump::run() {
   prctl(PR_SET_TIMERSLACK, 1'000, 0, 0, 0);  // ns; the system's 50 us would be added to every sleep
   uint64_t& waiting = mapping_.control().pump_waiting.value;
   for (;;) {
-    if (drain()) continue;
+    if (drain()) {
+      if (device_ != nullptr) spin_until_ = monotonic_ns() + kSpinNs;
+      continue;
+    }
+    if (spin_until_ != 0) {
+      if (monotonic_ns() < spin_until_ && !stop_.load(std::memory_order_relaxed)) {
+        pause();
+        continue;
+      }
+      spin_until_ = 0;
+    }
     // "I wait", then one more look; the engine publishes commands_head, then looks whether we wait. One sees the other.
     store_seq_cst(waiting, 1);
     full_fence();

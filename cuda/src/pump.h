@@ -42,6 +42,7 @@ class Pump {
   uint64_t done_ = 0;     // commands that are complete
   uint64_t records_ = 0;  // of the device, that the engine was woken for
   uint64_t busy_until_ = 0;
+  uint64_t spin_until_ = 0;
   std::atomic<uint64_t> refused_{0};
   std::atomic<bool> stop_{false};
   std::thread thread_;
