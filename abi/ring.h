@@ -54,7 +54,7 @@ extern "C" {
 
 #define DMI_MAGIC 0x31474e4952494d44ull /* "DMIRING1" */
 #define DMI_TABLE_MAGIC 0x5342544du     /* "MTBS" */
-#define DMI_ABI_VERSION 2
+#define DMI_ABI_VERSION 3
 #define DMI_MAX_LANES 8
 #define DMI_MAX_DIMS 6
 #define DMI_MAX_SITES 65536
@@ -68,6 +68,7 @@ extern "C" {
 #define DMI_MAX_WATCHES 64
 #define DMI_PROBE_FLOATS 262144 /* of all probes together */
 #define DMI_STATS 8 /* figures of a row at level STATS */
+#define DMI_MOST_TOP 64 /* greatest elements beside them */
 #define DMI_OPEN_END 0x7fffffffffffffffull /* dmi_clause.stop: none */
 
 enum dmi_mode { DMI_MODE_BEST_EFFORT = 0, DMI_MODE_COMPLETE = 1 };
@@ -89,7 +90,11 @@ enum dmi_phase { DMI_PHASE_PREFILL = 0, DMI_PHASE_DECODE = 1 };
  *                  the absmax of the finite ones / 416 or / 126, at least 2^-126. FP8: e4m3 codes of element / scale, but
  *                  0x7e is infinity and 0x7f NaN. INT8: round(element / scale), but 127 is infinity and -128 NaN.
  *   STATS          DMI_STATS float32: mean, rms, min, max, absmax, l2 of the finite elements (NaN of none, l2 0), how many are not
- *                  finite, how many there are
+ *                  finite, how many there are. Where the gate has a `top` of K: then the K greatest finite elements, float32, the greatest
+ *                  first, and their K indices, uint32. Of equal elements the one of the lower index comes first; elements are compared as
+ *                  they are, and rounded afterwards. An index counts the elements that count: of a site with a KEY dimension those of the
+ *                  row's own keys, one head after the other. Where fewer are finite, NaN and 0xffffffff fill up. A record's K is what its
+ *                  bytes say
  * Of a site with a KEY dimension only the keys that the row's token had count; the codes of others are 0. Complex elements have neither
  * order nor one scale: where FP8, INT8 or STATS is wanted they come FULL. */
 enum dmi_level {
@@ -259,7 +264,7 @@ struct dmi_site {
  * Writer: engine, under control.policy. Reader: step open. */
 struct dmi_gate {
   uint8_t level;    /* dmi_level of rows that no clause takes */
-  uint8_t spare;
+  uint8_t top;      /* of all rows at level STATS, whichever clause gives them: how many of the greatest elements; at most DMI_MOST_TOP */
   uint16_t stride;  /* of SAMPLED; at least 1 */
   uint16_t clause;  /* index of the first of the clauses, which are asked in order: the first that takes a row decides */
   uint16_t clauses; /* how many */

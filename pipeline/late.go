@@ -183,7 +183,7 @@ func (p *Pipeline) fetched(i *drain.Item) {
 	e := i.Owner.(*ending)
 	r := &i.Record
 	if i.Kind == drain.Captured {
-		p.keep(&p.slicer, e.book, i, r.RowFirst, r.RowFirst+r.Rows, tensor.Full, false)
+		p.keep(&p.slicer, e.book, i, r.RowFirst, r.RowFirst+r.Rows, tensor.Full, 0, false)
 	}
 	if e.left--; e.left > 0 {
 		return

@@ -44,7 +44,7 @@ func layoutOf(r *ring.Record, site *ring.Site, payload int) (layout, error) {
 	if r.Flags&ring.RecordGathered == 0 {
 		return bad("flags", r.Flags, fmt.Sprintf("rows at level %v are gathered", level))
 	}
-	l := layout{dtype: tensor.F32, element: 4, gathered: true, flat: true, dense: true, batches: 1, length: uint64(r.Rows), shape: []int{tensor.Figures}}
+	l := layout{dtype: tensor.F32, element: 4, gathered: true, flat: true, dense: true, batches: 1, length: uint64(r.Rows), shape: tensor.StatsShape(topOf(r))}
 	if level.Quantised() {
 		var err error
 		if l, err = elementsOf(r, site, payload, 1); err != nil {
@@ -58,6 +58,14 @@ func layoutOf(r *ring.Record, site *ring.Site, payload int) (layout, error) {
 		return bad("tensor_bytes", r.TensorBytes, fmt.Sprintf("%d bytes came, and %d rows at level %v have %d each", payload, r.Rows, level, l.rowBytes))
 	}
 	return l, nil
+}
+
+// topOf is how many of the greatest elements rows at level Stats have, by their bytes. That the bytes are those of so many is for layoutOf to check.
+func topOf(r *ring.Record) int {
+	if r.Rows == 0 || r.TensorBytes/uint64(r.Rows) < 4*tensor.Figures {
+		return 0
+	}
+	return int(min((r.TensorBytes/uint64(r.Rows)-4*tensor.Figures)/8, ring.MostTop))
 }
 
 const scaleBytes = 4

@@ -233,7 +233,11 @@ func (p *Pipeline) selected(s *slicer, b *book, i *drain.Item, look bool) (done 
 	}
 	for _, v := range verdicts {
 		if v.level != tensor.Off {
-			done += p.keep(s, b, i, v.from, v.to, levelOf(r, v.level), look)
+			top := v.top
+			if v.level != tensor.Stats { // nobody said how many: as they come
+				top = tensor.MaxTop
+			}
+			done += p.keep(s, b, i, v.from, v.to, levelOf(r, v.level), top, look)
 			continue
 		}
 		b.accounts[r.Site].settle(v.from, v.to, fate{tensor.Skipped, tensor.Policy, tensor.Off}, func(from, to uint32) bool { done += to - from; return true })
@@ -265,11 +269,11 @@ func (p *Pipeline) promoted(s *slicer, b *book, i *drain.Item, verdicts []verdic
 	list := i.Step.Rows.List(r.Selection, i.Step.Sites[r.Site].Space)
 	for _, v := range verdicts {
 		_ = spansOf(list, v.from, v.to-v.from, func(span *ring.RowSpan, first, count uint32) error {
-			part := verdict{span.Row + first, span.Row + first + count, v.level, v.unwanted}
+			part := verdict{span.Row + first, span.Row + first + count, v.level, v.top, v.unwanted}
 			if !v.unwanted && p.kept(b, r.Site, span.Request) {
 				part.level = tensor.Full
 			}
-			if last := len(all) - 1; last >= 0 && all[last].level == part.level && all[last].unwanted == part.unwanted {
+			if last := len(all) - 1; last >= 0 && all[last].level == part.level && all[last].top == part.top && all[last].unwanted == part.unwanted {
 				all[last].to = part.to
 			} else {
 				all = append(all, part)
@@ -296,7 +300,7 @@ func (p *Pipeline) again(i *drain.Item, rows uint32) {
 }
 
 // keep slices rows of a payload and delivers them, those that were settled before apart. It returns how many were not.
-func (p *Pipeline) keep(s *slicer, b *book, i *drain.Item, from, to uint32, level tensor.Level, look bool) (done uint32) {
+func (p *Pipeline) keep(s *slicer, b *book, i *drain.Item, from, to uint32, level tensor.Level, top uint8, look bool) (done uint32) {
 	r := &i.Record
 	account := &b.accounts[r.Site]
 	// What cannot be sliced or stored gets another fate than what can, so runs are tried before they are booked.
@@ -310,10 +314,10 @@ func (p *Pipeline) keep(s *slicer, b *book, i *drain.Item, from, to uint32, leve
 			failed = append(failed, settled{from, to, fate{tensor.Lost, tensor.Corrupt, tensor.Full}})
 			return false
 		}
-		if level != tensor.Level(r.Level) {
+		if level != tensor.Level(r.Level) || level == tensor.Stats && int(top) < topOf(r) {
 			site := &i.Step.Sites[r.Site]
 			for n := range chunks {
-				chunks[n].Reduce(level, site.Keyed(), tensor.Fill(site.Fill))
+				chunks[n].Reduce(level, int(top), site.Keyed(), tensor.Fill(site.Fill))
 			}
 		}
 		if look {

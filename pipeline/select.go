@@ -176,7 +176,8 @@ func (s *selector) request(span *ring.RowSpan) policy.Request {
 type verdict struct {
 	from, to uint32
 	level    tensor.Level
-	unwanted bool // by the request itself: no trigger keeps them
+	top      uint8 // of rows at Stats: so many of the greatest elements
+	unwanted bool  // by the request itself: no trigger keeps them
 }
 
 // rowsOf names the verdicts on a row list of one step: of sites of one class, or of one site where a request chooses among sites.
@@ -202,7 +203,7 @@ func (s *selector) verdicts(b *book, r *ring.Record, from, to uint32) []verdict 
 	if !chosen(b.step) {
 		class = plan.Of[site]
 		if clause, uniform := plan.Classes[class].Uniform(); uniform && clause.Level.Level != tensor.Sampled {
-			return []verdict{{from: from, to: to, level: clause.Level.Level}}
+			return []verdict{{from: from, to: to, level: clause.Level.Level, top: uint8(clause.Level.Top)}}
 		}
 	}
 	space := b.step.Sites[site].Space
@@ -215,7 +216,7 @@ func (s *selector) verdicts(b *book, r *ring.Record, from, to uint32) []verdict 
 	var part []verdict
 	for _, v := range all {
 		if v.to > from && v.from < to {
-			part = append(part, verdict{max(v.from, from), min(v.to, to), v.level, v.unwanted})
+			part = append(part, verdict{max(v.from, from), min(v.to, to), v.level, v.top, v.unwanted})
 		}
 	}
 	return part
@@ -243,10 +244,11 @@ func (s *selector) work(step *drain.Step, plan *policy.Plan, site int, list *rin
 			} else if level == tensor.Sampled {
 				level = tensor.Full
 			}
-			if last := len(all) - 1; last >= 0 && all[last].level == level && all[last].unwanted == unwanted {
+			top := uint8(said.Level.Top)
+			if last := len(all) - 1; last >= 0 && all[last].level == level && all[last].top == top && all[last].unwanted == unwanted {
 				all[last].to++
 			} else {
-				all = append(all, verdict{row, row + 1, level, unwanted})
+				all = append(all, verdict{row, row + 1, level, top, unwanted})
 			}
 		}
 	}

@@ -153,7 +153,7 @@ func (r *Rule) Ladder(has func(tensor.Level) bool) []Level {
 	ladder := []Level{r.Level}
 	below := r.Degrade
 	if below == nil {
-		below = []Level{{Level: tensor.FP8}, {tensor.Sampled, 8}, {Level: tensor.Stats}, {Level: tensor.Off}}
+		below = []Level{{Level: tensor.FP8}, {Level: tensor.Sampled, Stride: 8}, {Level: tensor.Stats}, {Level: tensor.Off}}
 	}
 	for _, l := range below {
 		if l.rung() > r.Level.rung() && has(l.Level) {

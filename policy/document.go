@@ -26,22 +26,29 @@ const (
 	maxList     = 256 // hooks, ids, tags, windows of one rule
 )
 
-// Level is a rung of the ladder: full, fp8 or int8, sampled/k, stats, off.
+// Level is a rung of the ladder: full, fp8 or int8, sampled/k, stats+k, stats, off.
 type Level struct {
 	tensor.Level
 	Stride uint32 // of sampled: rows at positions that are multiples of it
+	Top    uint32 // of stats: so many of the greatest elements of a row as well
 }
 
 func (l Level) String() string {
 	if l.Level == tensor.Sampled {
 		return "sampled/" + strconv.FormatUint(uint64(l.Stride), 10)
 	}
+	if l.Top > 0 {
+		return "stats+" + strconv.FormatUint(uint64(l.Top), 10)
+	}
 	return l.Level.String()
 }
 
 // rung orders levels from full, 0, downwards. The two quantised forms are one rung.
 func (l Level) rung() int {
-	return [...]int{tensor.Full: 0, tensor.FP8: 1, tensor.Int8: 1, tensor.Sampled: 2, tensor.Stats: 3, tensor.Off: 4}[l.Level]
+	if l.Top > 0 {
+		return 3
+	}
+	return [...]int{tensor.Full: 0, tensor.FP8: 1, tensor.Int8: 1, tensor.Sampled: 2, tensor.Stats: 4, tensor.Off: 5}[l.Level]
 }
 
 // MarshalText writes a level as a document does.
@@ -49,11 +56,18 @@ func (l Level) MarshalText() ([]byte, error) { return []byte(l.String()), nil }
 
 // ParseLevel reads one.
 func ParseLevel(text string) (Level, error) {
+	if top, is := strings.CutPrefix(text, "stats+"); is {
+		k, err := strconv.ParseUint(top, 10, 16)
+		if err != nil || k < 1 || k > tensor.MaxTop {
+			return Level{}, fmt.Errorf("level %q: stats+K also keeps the K greatest elements of a row; K is a number from 1 to %d", text, tensor.MaxTop)
+		}
+		return Level{Level: tensor.Stats, Top: uint32(k)}, nil
+	}
 	name, stride, sampled := strings.Cut(text, "/")
 	level, err := tensor.ParseLevel(name)
 	switch {
 	case err != nil:
-		return Level{}, fmt.Errorf("level %q: there are full, fp8, int8, sampled/K, stats and off", text)
+		return Level{}, fmt.Errorf("level %q: there are full, fp8, int8, sampled/K, stats, stats+K and off", text)
 	case sampled != (level == tensor.Sampled):
 		return Level{}, fmt.Errorf("level %q: sampled has a stride (sampled/8: every 8th position), the others have none", text)
 	case !sampled:
@@ -63,7 +77,7 @@ func ParseLevel(text string) (Level, error) {
 	if err != nil || k < 2 {
 		return Level{}, fmt.Errorf("level %q: the stride is a number from 2 to 65535", text)
 	}
-	return Level{level, uint32(k)}, nil
+	return Level{Level: level, Stride: uint32(k)}, nil
 }
 
 // Rule gives the rows that it selects a level.

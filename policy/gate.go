@@ -13,10 +13,13 @@ const everyPhase = 1<<Prefill | 1<<Decode
 func (c *Class) Gate() tensor.Gate {
 	last := len(c.Clauses) - 1
 	gate := tensor.Gate{Level: c.Clauses[last].Level.Level, Stride: c.Clauses[last].Level.Stride}
+	for i := range c.Clauses { // one number for all rows of a site: what a row has more than its own is left out later
+		gate.Top = max(gate.Top, uint8(c.Clauses[i].Level.Top))
+	}
 	for i := range c.Clauses[:last] {
 		clauses, exact := c.Clauses[i].gate()
 		if !exact {
-			return tensor.Gate{Level: c.enough()}
+			return tensor.Gate{Level: c.enough(), Top: gate.Top}
 		}
 		gate.Clauses = append(gate.Clauses, clauses...)
 	}

@@ -85,7 +85,7 @@ func (r *reader) rules(n *yaml.Node) []Rule {
 		)
 		r.mapping(c, "a rule", fields...)
 		if !leveled && c.Kind == yaml.MappingNode {
-			r.bad(c, "%s has no level; say full, fp8, int8, sampled/K, stats or off", rule.Name)
+			r.bad(c, "%s has no level; say full, fp8, int8, sampled/K, stats, stats+K or off", rule.Name)
 		}
 		if rule.Name == DefaultName {
 			r.bad(at, "name %q is that of the default; take another", rule.Name)
@@ -96,7 +96,7 @@ func (r *reader) rules(n *yaml.Node) []Rule {
 		named[rule.Name] = c.Line
 		for i, l := range rule.Degrade {
 			if above := append([]Level{rule.Level}, rule.Degrade[:i]...)[i]; l.rung() <= above.rung() {
-				r.bad(c, "%s: degrade: %v is not below %v; the ladder is full, fp8 or int8, sampled, stats, off", rule.Name, l, above)
+				r.bad(c, "%s: degrade: %v is not below %v; the ladder is full, fp8 or int8, sampled, stats+K, stats, off", rule.Name, l, above)
 			}
 		}
 		all = append(all, rule)
@@ -116,7 +116,7 @@ func (r *reader) level(n *yaml.Node, what string) Level {
 	l, err := ParseLevel(n.Value)
 	switch {
 	case n.Kind != yaml.ScalarNode:
-		r.bad(n, "%s is %s; full, fp8, int8, sampled/K, stats or off is needed", what, kind(n))
+		r.bad(n, "%s is %s; full, fp8, int8, sampled/K, stats, stats+K or off is needed", what, kind(n))
 	case err != nil:
 		r.bad(n, "%s: %v", what, err)
 	}

@@ -32,7 +32,7 @@ func TestParse(t *testing.T) {
 			{Name: "patterns of two layers", Line: 7, Select: Selection{Hooks: []string{"attn.hook_pattern"}, Layers: []Layers{{3, 3}, {8, 1 << 20}},
 				Tokens: []Window{{Prompt, -1, unbounded, 1}, {Generated, 0, 32, 1}}}, Priority: 5, Degrade: []Level{off}},
 			{Name: "a tenth of production", Line: 14, Select: Selection{Hooks: []string{"blocks.*.hook_resid_post", "logits"}, IDs: []string{"prod-*"}, Tags: []string{"eu", "17"},
-				Sample: 0.1, Seed: 7, Phase: &decode}, Level: Level{tensor.Sampled, 16}, Priority: -3, Degrade: []Level{{Level: tensor.Stats}, off}},
+				Sample: 0.1, Seed: 7, Phase: &decode}, Level: Level{Level: tensor.Sampled, Stride: 16}, Priority: -3, Degrade: []Level{{Level: tensor.Stats}, off}},
 			{Name: "rule 3", Line: 26, Level: Level{Level: tensor.Int8}, Degrade: []Level{}},
 		},
 		Budgets: Budgets{Copied: 2e9, Disk: 500e6, DiskFree: 20 << 30, EngineBytes: 1 << 30},

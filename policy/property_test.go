@@ -100,7 +100,7 @@ func TestOneIndex(t *testing.T) {
 // drawDocument writes a random policy as text, and parses it.
 func drawDocument(t *rapid.T) *Document {
 	one := func(name string, of ...string) string { return rapid.SampledFrom(of).Draw(t, name) }
-	levels := []string{"full", "fp8", "int8", "sampled/2", "sampled/3", "stats", "off"}
+	levels := []string{"full", "fp8", "int8", "sampled/2", "sampled/3", "stats", "stats+2", "stats+5", "off"}
 	var b strings.Builder
 	fmt.Fprintf(&b, "default: %s\nrules:\n", one("default", levels...))
 	for i := range rapid.IntRange(0, 6).Draw(t, "rules") {
@@ -234,8 +234,8 @@ func TestLadders(t *testing.T) {
 		want []Level
 	}{
 		{Rule{}, gates, []Level{full, off}},
-		{Rule{}, all, []Level{full, {Level: tensor.FP8}, {tensor.Sampled, 8}, stats, off}},
-		{Rule{Level: Level{Level: tensor.Int8}}, all, []Level{{Level: tensor.Int8}, {tensor.Sampled, 8}, stats, off}},
+		{Rule{}, all, []Level{full, {Level: tensor.FP8}, {Level: tensor.Sampled, Stride: 8}, stats, off}},
+		{Rule{Level: Level{Level: tensor.Int8}}, all, []Level{{Level: tensor.Int8}, {Level: tensor.Sampled, Stride: 8}, stats, off}},
 		{Rule{Degrade: []Level{stats}}, all, []Level{full, stats}},
 		{Rule{Degrade: []Level{}}, all, []Level{full}},
 		{Rule{Level: off}, all, []Level{off}},

@@ -7,7 +7,7 @@ import "encoding/binary"
 const (
 	Magic          uint64 = 0x31474e4952494d44
 	TableMagic     uint32 = 0x5342544d
-	ABIVersion            = 2
+	ABIVersion            = 3
 	MaxLanes              = 8
 	MaxDims               = 6
 	MaxSites              = 65536
@@ -21,6 +21,7 @@ const (
 	MaxWatches            = 64
 	ProbeFloats           = 262144
 	Stats                 = 8
+	MostTop               = 64
 	OpenEnd        uint64 = 0x7fffffffffffffff
 	SiteOptional          = 1
 	SiteEvent             = 2
@@ -450,6 +451,7 @@ func (s *Site) Encode(b []byte) {
 const (
 	GateSize          = 8
 	GateLevelOffset   = 0
+	GateTopOffset     = 1
 	GateStrideOffset  = 2
 	GateClauseOffset  = 4
 	GateClausesOffset = 6
@@ -458,6 +460,7 @@ const (
 // Gate is a copy of struct dmi_gate.
 type Gate struct {
 	Level   uint8  // dmi_level of rows that no clause takes
+	Top     uint8  // of all rows at level STATS, whichever clause gives them: how many of the greatest elements; at most DMI_MOST_TOP
 	Stride  uint16 // of SAMPLED; at least 1
 	Clause  uint16 // index of the first of the clauses, which are asked in order: the first that takes a row decides
 	Clauses uint16 // how many
@@ -467,6 +470,7 @@ type Gate struct {
 func (g *Gate) Decode(b []byte) {
 	_ = b[GateSize-1]
 	g.Level = b[0]
+	g.Top = b[1]
 	g.Stride = binary.LittleEndian.Uint16(b[2:])
 	g.Clause = binary.LittleEndian.Uint16(b[4:])
 	g.Clauses = binary.LittleEndian.Uint16(b[6:])
@@ -476,6 +480,7 @@ func (g *Gate) Decode(b []byte) {
 func (g *Gate) Encode(b []byte) {
 	clear(b[:GateSize])
 	b[0] = g.Level
+	b[1] = g.Top
 	binary.LittleEndian.PutUint16(b[2:], g.Stride)
 	binary.LittleEndian.PutUint16(b[4:], g.Clause)
 	binary.LittleEndian.PutUint16(b[6:], g.Clauses)

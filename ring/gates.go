@@ -88,8 +88,8 @@ func (r *Ring) encodeGates(gates []tensor.Gate) (table, clauses []byte, err erro
 			(&Clause{Seed: c.Seed, Threshold: c.Threshold, Start: c.Start, Stop: c.Stop, Step: c.Step, Stride: uint16(max(1, c.Stride)), Level: uint8(c.Level), Region: RegionAll,
 				Phases: c.Phases}).Encode(own[n*ClauseSize:])
 		}
-		if !g.Level.Valid() || g.Stride > math.MaxUint16 {
-			return nil, nil, fmt.Errorf("ring: gates: site %d: level %v, stride %d", i, g.Level, g.Stride)
+		if !g.Level.Valid() || g.Stride > math.MaxUint16 || g.Top > MostTop {
+			return nil, nil, fmt.Errorf("ring: gates: site %d: level %v, stride %d, top %d", i, g.Level, g.Stride, g.Top)
 		}
 		at, placed := known[string(own)]
 		if !placed && len(clauses)+len(own) <= MaxClauses*ClauseSize {
@@ -97,7 +97,7 @@ func (r *Ring) encodeGates(gates []tensor.Gate) (table, clauses []byte, err erro
 			known[string(own)] = at
 			clauses = append(clauses, own...)
 		}
-		gate := Gate{Level: uint8(g.Level), Stride: uint16(max(1, g.Stride)), Clause: at, Clauses: uint16(len(g.Clauses))}
+		gate := Gate{Level: uint8(g.Level), Top: g.Top, Stride: uint16(max(1, g.Stride)), Clause: at, Clauses: uint16(len(g.Clauses))}
 		// Conditions and offers are none that a device knows: the engine finds them in rows that come in full.
 		if !placed || r.header.Device == DeviceCUDA && (g.Watch != 0 || g.Keep != 0 || g.Offer) {
 			gate = Gate{Level: LevelFull, Stride: 1}

@@ -185,7 +185,7 @@ func TestHandlersAreTheDocuments(t *testing.T) {
 		"/v1/requests?run=" + run + "&latest=1&hidden=true", "/v1/requests/" + id, "/v1/sites?request=" + id, "/v1/sites?run=" + run + "&site=**&layer=0", "/v1/sites?session=" + session,
 		"/v1/coverage", "/v1/coverage?request=" + id + "&request=" + second, "/v1/coverage?run=" + run + "&site=resid_post", "/v1/coverage?session=" + session,
 		"/v1/stats?request=" + id, "/v1/stats?run=" + run + "&per=site", "/v1/stats?session=" + session + "&per=request&site=logits", "/v1/stats?request=" + id + "&tokens=1:3&site=resid_post",
-		"/v1/stats?format=arrow&request=" + id, "/v1/stats?format=parquet&request=" + id, "/v1/topkeys?request=" + id + "&site=pattern&heads=1&k=2&query=-1",
+		"/v1/topk?request=" + id + "&site=resid_post&tokens=0:2", "/v1/topk?run=" + run + "&site=logits&k=3", "/v1/stats?format=arrow&request=" + id, "/v1/stats?format=parquet&request=" + id, "/v1/topkeys?request=" + id + "&site=pattern&heads=1&k=2&query=-1",
 		"/v1/grid?statistic=l2&site=resid_post&request=" + id, "/v1/thumbnails?site=pattern&size=4&request=" + id, "/v1/thumbnails?site=**.hook_pattern&layer=-1&request=" + id, "/v1/grid?statistic=absmax&layer=0&tokens=1:3&site=**&request=" + id,
 		"/v1/export?request=" + id, "/v1/export?format=npy&site=resid_post&request=" + id, "/v1/export?format=parquet&run=" + run,
 		"/v1/tensor?request=" + id + "&site=blocks.0.hook_resid_post&tokens=1:4", "/v1/tensor?request=" + id + "&site=pattern&layer=-1&heads=1&steps=0:1&level=any&as=F32",
@@ -228,7 +228,7 @@ func TestHandlersAreTheDocuments(t *testing.T) {
 	for path, want := range map[string]int{
 		"/v1/sessions/none": 404, "/v1/requests/none": 404, "/v1/runs?session=none": 404, "/v1/requests?run=none": 404, "/v1/sites?request=none": 404, "/v1/coverage?run=none": 404,
 		"/v1/tensor?site=resid_post&request=none": 404, "/v1/tensor?site=resid_past&request=" + id: 404, "/v1/rows?site=none&run=" + run: 404, "/v1/stats?request=none": 404,
-		"/v1/topkeys?site=pattern&request=none": 404, "/v1/grid?statistic=l2&request=none": 404, "/v1/thumbnails?site=pattern&request=none": 404, "/v1/thumbnails?site=resid_post&request=" + id: 400, "/v1/grid?statistic=l2&tokens=x&request=" + id: 400, "/v1/export?run=none": 404,
+		"/v1/topkeys?site=pattern&request=none": 404, "/v1/topk?request=none": 404, "/v1/topk?tokens=x&request=" + id: 400, "/v1/grid?statistic=l2&request=none": 404, "/v1/thumbnails?site=pattern&request=none": 404, "/v1/thumbnails?site=resid_post&request=" + id: 400, "/v1/grid?statistic=l2&tokens=x&request=" + id: 400, "/v1/export?run=none": 404,
 		"/v1/tensor?site=resid_post&request=" + second: 409, "/v1/rows?site=resid_post&request=" + second: 409, "/v1/export?request=" + second: 409,
 		"/v1/tensor?limit=1&site=resid_post&request=" + id: 413,
 		"/v1/sites": 400, "/v1/stats": 400, "/v1/export": 400, "/v1/coverage?site=logits": 400, "/v1/tensor?site=resid_post&tokens=x&request=" + id: 400,
@@ -241,7 +241,7 @@ func TestHandlersAreTheDocuments(t *testing.T) {
 	for _, path := range []string{"/v1/status?verbose=1", "/v1/requests?limit=0", "/v1/requests?limit=10001", "/v1/requests?latest=x", "/v1/requests?hidden=perhaps", "/v1/runs?limit=-1",
 		"/v1/tensor?site=resid_post", "/v1/tensor?request=" + id, "/v1/tensor?request=a&request=b&site=x", "/v1/tensor?level=half&site=resid_post&request=" + id,
 		"/v1/tensor?layer=zero&site=resid_post&request=" + id, "/v1/stats?per=head&request=" + id, "/v1/grid?statistic=median&request=" + id, "/v1/grid?request=" + id, "/v1/thumbnails?site=pattern&size=0&request=" + id, "/v1/thumbnails?request=" + id, "/v1/stats?format=xml&request=" + id, "/v1/export?format=zip&request=" + id,
-		"/v1/topkeys?k=0&site=pattern&request=" + id, "/v1/live/events?after=-1", "/v1/rows?site=resid_post&limit=0&run=" + run} {
+		"/v1/topk?k=65&request=" + id, "/v1/topkeys?k=0&site=pattern&request=" + id, "/v1/live/events?after=-1", "/v1/rows?site=resid_post&limit=0&run=" + run} {
 		extra := strings.Contains(path, "verbose=") || strings.Contains(path, "request=a&request=b") // OpenAPI cannot forbid these
 		c.ask("GET", path, nil, 400, extra)
 	}

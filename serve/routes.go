@@ -54,6 +54,7 @@ func (s *Server) routes() []route {
 		bySite(get("/tensor", ScopeTensors, s.tensor, "request", "site", "layer", "tokens", "steps", "heads", "level", "partial", "as", "limit")),
 		bySite(get("/rows", ScopeTensors, s.rows, "request*", "run", "session", "site", "layer", "partial", "as", "limit", "after")),
 		bySite(get("/stats", ScopeStatistics, s.stats, "request*", "run", "session", "site", "layer", "tokens", "per", "format")),
+		bySite(get("/topk", ScopeTensors, s.top, "request*", "run", "session", "site", "layer", "tokens", "k")),
 		bySite(get("/grid", ScopeStatistics, s.grid, "request", "site", "layer", "tokens", "statistic")),
 		get("/thumbnails", ScopeTensors, s.thumbnails, "request", "site", "layer", "size"),
 		always(get("/topkeys", ScopeTensors, s.topKeys, "request", "site", "layer", "heads", "query", "k")),

@@ -4,6 +4,7 @@ import (
 	"net/http"
 
 	"dmi/query"
+	"dmi/tensor"
 )
 
 func (s *Server) coverage(w *writer, c *call) error {
@@ -50,6 +51,14 @@ func (s *Server) stats(w *writer, c *call) error {
 		return nil
 	}
 	return write(c.Context(), w)
+}
+
+func (s *Server) top(w *writer, c *call) error {
+	q := query.TopQuery{Scope: c.requestsAsked(false), Site: c.text("site"), Layer: c.layer(), Tokens: c.positions("tokens"), K: int(c.number("k", 1, tensor.MaxTop))}
+	if c.err != nil {
+		return c.err
+	}
+	return streamList(w, c, func(yield func(query.TopRow) error) error { return c.query.Top(c.Context(), q, yield) })
 }
 
 func (s *Server) topKeys(w *writer, c *call) error {

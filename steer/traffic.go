@@ -90,7 +90,7 @@ func (f *flow) cost(site uint32, level policy.Level) (bytes float64, known bool)
 	row := &f.rows[site]
 	switch level.Level {
 	case tensor.Stats:
-		return f.tokens * float64(tensor.RowBytes(tensor.Full, tensor.F32, []int{tensor.Figures})), true
+		return f.tokens * float64(tensor.RowBytes(tensor.Full, tensor.F32, tensor.StatsShape(int(level.Top)))), true
 	case tensor.Sampled:
 		return f.tokens * float64(tensor.RowBytes(tensor.Full, row.DType, row.Shape)) / float64(level.Stride), true
 	}

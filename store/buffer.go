@@ -136,7 +136,7 @@ func (s *stream) takes(c *tensor.Chunk) bool {
 
 // fixed is the dimensions of a row that are the same for all rows.
 func (s *stream) fixed(shape []int) []int {
-	if s.keyed && len(shape) > 0 && !s.level.Quantised() {
+	if s.keyed && len(shape) > 0 && s.level.Elements() {
 		return shape[:len(shape)-1]
 	}
 	return shape
@@ -283,7 +283,7 @@ func (s *stream) parts(enough int64, each func(segment.Chunk, [][]byte) error) e
 				keys = max(keys, p.shape[len(p.shape)-1])
 			}
 		}
-		if s.keyed && len(c.Shape) > 0 && !s.level.Quantised() { // codes of different lengths are not joined
+		if s.keyed && len(c.Shape) > 0 && s.level.Elements() { // codes of different lengths are not joined
 			c.Shape = append(slices.Clone(c.Shape[:len(c.Shape)-1]), keys)
 			data = [][]byte{s.pad(c.First, c.Rows, keys)}
 		}

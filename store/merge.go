@@ -57,7 +57,7 @@ func joins(keyed bool, a, b *segment.Chunk) bool {
 		uint64(a.First)+uint64(a.Rows) != uint64(b.First) {
 		return false
 	}
-	if last := len(a.Shape) - 1; keyed && last >= 0 && !a.Level.Quantised() && a.Level != tensor.Stats {
+	if last := len(a.Shape) - 1; keyed && last >= 0 && a.Level.Elements() {
 		return len(b.Shape) == len(a.Shape) && slices.Equal(a.Shape[:last], b.Shape[:last])
 	}
 	return slices.Equal(a.Shape, b.Shape)

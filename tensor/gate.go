@@ -6,6 +6,7 @@ import "slices"
 type Gate struct {
 	Level   Level
 	Stride  uint32 // of Sampled: rows at positions that are multiples of it, in full
+	Top     uint8  // of all rows at Stats: so many of the greatest elements; at most MaxTop
 	Clauses []GateClause
 
 	// Rows in full beyond that. Bits are indices of watches.

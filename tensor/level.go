@@ -6,18 +6,36 @@ import (
 )
 
 // Rows are stored as they left the device (enum dmi_level of abi/ring.h): a quantised row is its scale, a float32, a byte an element, and zeros up to a multiple
-// of 4; of a row at level Stats there are its figures, which are the shape and dtype of its chunk: [Figures] of F32.
+// of 4; of a row at level Stats there are its figures, which are the shape and dtype of its chunk: [Figures] of F32, or more.
 
-// Figures is how many numbers say what is kept of a row at level Stats: mean, rms, min, max, absmax, l2, elements that are not finite, elements.
+// Figures is how many numbers say what is kept of a row at level Stats: mean, rms, min, max, absmax, l2, elements that are not finite, elements. Behind them
+// may be its K greatest finite elements, and then the bits of their K indices, uint32: [Figures+2K] of F32.
 const Figures = 8
+
+// MaxTop is the most of the greatest elements that a row at level Stats has.
+const MaxTop = 64
+
+// StatsShape is that of a row at level Stats with so many of its greatest elements.
+func StatsShape(top int) []int { return []int{Figures + 2*top} }
+
+// TopIn is how many of the greatest elements rows of a shape at level Stats have.
+func TopIn(shape []int) int {
+	if len(shape) != 1 {
+		return 0
+	}
+	return max(0, shape[0]-Figures) / 2
+}
 
 const scaleBytes = 4
 
 // Quantised reports whether rows at a level have codes for elements.
 func (l Level) Quantised() bool { return l == FP8 || l == Int8 }
 
+// Elements reports whether rows at a level are their elements, one after the other.
+func (l Level) Elements() bool { return l == Full || l == Sampled }
+
 // Values reports whether rows at a level have values of elements.
-func (l Level) Values() bool { return l == Full || l == Sampled || l.Quantised() }
+func (l Level) Values() bool { return l.Elements() || l.Quantised() }
 
 // RowBytes is the size of a stored row at a level: of elements of d, in this shape.
 func RowBytes(l Level, d DType, shape []int) int {
@@ -84,9 +102,13 @@ func FiguresOf(row []byte) Statistics {
 	return s
 }
 
-// Reduce makes full rows those of a lower level, as a producer would have. keyed: the last dimension counts keys, of which a row has those up to its own position. Elements
+// Reduce makes full rows those of a lower level, as a producer would have, and of Stats keeps so many of the greatest elements alone, if there are more. keyed: the last dimension counts keys, of which a row has those up to its own position. Elements
 // without one real value stay as they are.
-func (c *Chunk) Reduce(to Level, keyed bool, fill Fill) {
+func (c *Chunk) Reduce(to Level, top int, keyed bool, fill Fill) {
+	if c.Level == Stats && to == Stats {
+		c.narrow(top)
+		return
+	}
 	if c.Level != Full || !c.DType.Real() || !to.Quantised() && to != Stats {
 		return
 	}
@@ -99,7 +121,7 @@ func (c *Chunk) Reduce(to Level, keyed bool, fill Fill) {
 	values := make([]float64, elements)
 	shape, dtype := c.Shape, c.DType
 	if to == Stats {
-		shape, dtype = []int{Figures}, F32
+		shape, dtype = StatsShape(top), F32
 	}
 	bytes := RowBytes(to, dtype, shape)
 	out := make([]byte, int(c.Rows)*bytes)
@@ -112,6 +134,7 @@ func (c *Chunk) Reduce(to Level, keyed bool, fill Fill) {
 		row := out[i*bytes : (i+1)*bytes]
 		if to == Stats {
 			figures(row, values, line, own)
+			putTop(row[4*Figures:], Greatest(values, line, own, top), top)
 		} else {
 			quantise(row, to, values, line, own, fill)
 		}

@@ -20,7 +20,7 @@ func TestReducedRowsAreWithinTheirBounds(t *testing.T) {
 		}
 		level := rapid.SampledFrom([]Level{FP8, Int8, Stats}).Draw(t, "level")
 		c := Chunk{DType: F32, Shape: []int{n}, Rows: uint32(rows), Data: data}
-		c.Reduce(level, false, FillZero)
+		c.Reduce(level, 0, false, FillZero)
 		if c.Level != level || len(c.Data) != rows*RowBytes(c.Level, c.DType, c.Shape) {
 			t.Fatalf("%v: %d bytes at level %v", level, len(c.Data), c.Level)
 		}

@@ -122,7 +122,7 @@ func ChunkStatistics(site Site, c Chunk) []Statistics {
 	all := make([]Statistics, c.Rows)
 	if c.Level == Stats {
 		for i := range all {
-			all[i] = FiguresOf(c.Data[4*Figures*i : 4*Figures*(i+1)])
+			all[i] = FiguresOf(c.Data[len(c.Data)/int(c.Rows)*i:])
 		}
 		return all
 	}

@@ -71,7 +71,7 @@ static void site(void) {
                        .flags = DMI_SITE_OPTIONAL | DMI_SITE_EVENT, .name_bytes = sizeof name - 1};
   memcpy(s.name, name, sizeof name - 1);
   dump("site", &s, sizeof s);
-  struct dmi_gate g = {.level = DMI_LEVEL_SAMPLED, .stride = 65535, .clause = 1000, .clauses = 24};
+  struct dmi_gate g = {.level = DMI_LEVEL_SAMPLED, .top = 61, .stride = 65535, .clause = 1000, .clauses = 24};
   dump("gate", &g, sizeof g);
   struct dmi_clause c = {.seed = 0x8000000000000003, .threshold = 91, .start = 0xfffffffffffffffe, .stop = DMI_OPEN_END, .step = 92, .stride = 93,
                          .level = DMI_LEVEL_INT8, .region = DMI_REGION_PROMPT, .phases = 2};

@@ -125,7 +125,7 @@ func newCommand() *cobra.Command {
 	flags.StringVar(&o.engine, "engine", "", "ask this engine, not the store's: unix:PATH or http(s)://HOST:PORT, with the token in $DMI_TOKEN")
 	flags.BoolVar(&o.json, "json", false, "print JSON, for programs")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usage(err) })
-	root.AddCommand(serveCommand(o), runsCommand(o), requestsCommand(o), lsCommand(o), coverageCommand(o), statsCommand(o), getCommand(o), inspectCommand(o), tailCommand(o),
+	root.AddCommand(serveCommand(o), runsCommand(o), requestsCommand(o), lsCommand(o), coverageCommand(o), statsCommand(o), topkCommand(o), getCommand(o), inspectCommand(o), tailCommand(o),
 		policyCommand(o), verifyCommand(o), repairCommand(o), compactCommand(o), deleteCommand(o), topCommand(o), uiCommand(o), configCommand(o), versionCommand(o))
 	strictUsage(root)
 	return root

@@ -182,7 +182,7 @@ void Capture::give(uint64_t from, uint64_t to) {
 // Copies rows, and returns up to which one.
 uint64_t Capture::store(uint64_t from, uint64_t to) {
   const uint32_t element = dtype_bytes(layout_.form.dtype);
-  row_bytes_ = level_row_bytes(level_, layout_.gather.row_bytes / element, element);
+  row_bytes_ = level_row_bytes(level_, layout_.gather.row_bytes / element, element, step_.top[site_]);
   const bool as_it_lies = level_ == DMI_LEVEL_FULL && flags_ == 0 && step_.selection[site_] == 0;
   if (as_it_lies && layout_.whole_bytes != 0 && store_whole()) return to;
   const uint64_t row_bytes = row_bytes_;
@@ -280,7 +280,7 @@ bool Capture::find_part(Room& room, dmi_place place, uint64_t part) {
 
 void Capture::copy(const Room& room, uint64_t begin) {
   fill(room, [&](std::byte* to, uint64_t first, uint64_t bytes) {
-    if (encoded(level_)) return encode_gathered(layout_, level_, begin + first, bytes, to);
+    if (encoded(level_)) return encode_gathered(layout_, level_, step_.top[site_], begin + first, bytes, to);
     copy_gathered(layout_.gather, begin + first, bytes, to);
   });
 }

@@ -29,9 +29,11 @@ struct DeviceStep {
   uint64_t policy;
   uint32_t sites, keys;
   const RowLists* rows;
-  // By site, `sites` of them: the level of all rows or the selection that says theirs, and the records set aside.
+  // By site, `sites` of them: the level of all rows or the selection that says theirs, how many of the greatest
+  // elements rows at STATS have, and the records set aside.
   const uint8_t* levels;
   const uint16_t* selection;
+  const uint8_t* top;
   const uint8_t* left;
   const std::vector<Selection>* selections;
   const dmi_site* table;

@@ -58,6 +58,7 @@ Lane* Ring::open_on_device(const Opening& opening) {
     told.rows = &step.rows;
     told.levels = step.level.data();
     told.selection = step.selection.data();
+    told.top = step.top.data();
     told.left = step.left.data();
     told.selections = &step.selections;
     told.table = sites_.data();

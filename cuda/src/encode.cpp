@@ -177,6 +177,54 @@ DMI_WIDE float absmax_of(const float* values, uint64_t count) {
   return std::bit_cast<float>(*std::max_element(most, most + kBeside));
 }
 
+// How many blocks at the beginning have nothing above a bound. NaN is not.
+DMI_WIDE uint64_t blocks_below(const float* __restrict values, uint64_t blocks, float bound) {
+  for (uint64_t i = 0; i < blocks; ++i, values += kBeside) {
+    uint32_t above = 0;
+    for (uint64_t k = 0; k < kBeside; ++k) above += values[k] > bound ? 1 : 0;
+    if (above != 0) return i;
+  }
+  return blocks;
+}
+
+uint64_t blocks_below(const double*, uint64_t, double) { return 0; }
+
+// The greatest finite elements of those that it is shown, the greatest first, and which they were.
+template <typename Value>
+struct Greatest {
+  explicit Greatest(uint32_t top) : wanted(top) {}
+
+  const uint32_t wanted;
+  uint32_t found = 0;
+  uint64_t seen = 0;  // elements that counted so far
+  std::array<Value, DMI_MOST_TOP> value;
+  std::array<uint32_t, DMI_MOST_TOP> index;
+
+  void add(const Value* values, uint64_t count) {
+    for (uint64_t i = 0; i < count; ++i) {
+      if (found == wanted) {
+        i += kBeside * blocks_below(values + i, (count - i) / kBeside, value[found - 1]);
+        if (i == count) break;
+      }
+      const Value v = values[i];
+      if (!finite(v) || (found == wanted && !(v > value[found - 1]))) continue;
+      uint32_t place = found < wanted ? found++ : found - 1;
+      for (; place > 0 && v > value[place - 1]; --place) value[place] = value[place - 1], index[place] = index[place - 1];
+      value[place] = v;
+      index[place] = uint32_t(seen + i);
+    }
+    seen += count;
+  }
+  void put(std::byte* to) const {
+    for (uint32_t i = 0; i < wanted; ++i) {
+      const float v = i < found ? float(value[i]) : NAN;
+      const uint32_t which = i < found ? index[i] : kNoElement;
+      std::memcpy(to + i * sizeof v, &v, sizeof v);
+      std::memcpy(to + (wanted + i) * sizeof which, &which, sizeof which);
+    }
+  }
+};
+
 // The elements of a row that count: all of them, or of every line those from `from` to `to`. A line is the keys of one head, `after`
 // elements each.
 struct Part {
@@ -185,13 +233,14 @@ struct Part {
 
 class Encoder {
  public:
-  Encoder(const Layout& layout, uint32_t level)
+  Encoder(const Layout& layout, uint32_t level, uint32_t top)
       : layout_(layout),
         gather_(layout.gather),
         level_(level),
+        top_(top),
         dtype_(layout.form.dtype),
         elements_(gather_.row_bytes / dtype_bytes(dtype_)),
-        row_bytes_(level_row_bytes(level, elements_, 1)),
+        row_bytes_(level_row_bytes(level, elements_, 1, top)),
         wide_(!(level == DMI_LEVEL_FP8 || level == DMI_LEVEL_INT8) && needs_double(dtype_)) {}
 
   uint64_t row_bytes() const { return row_bytes_; }
@@ -292,6 +341,10 @@ class Encoder {
     float figures[DMI_STATS];
     all.figures(figures);
     std::memcpy(to, figures, sizeof figures);
+    if (top_ == 0) return;
+    Greatest<Value> greatest(top_);
+    for (uint64_t line = 0; line < part.lines; ++line) greatest.add(values + line * part.length + part.from, part.to - part.from);
+    greatest.put(to + sizeof figures);
   }
 
   void quantise(const float* values, const Part& part, std::byte* to) {
@@ -312,7 +365,7 @@ class Encoder {
 
   const Layout& layout_;
   const Gather& gather_;
-  const uint32_t level_;
+  const uint32_t level_, top_;
   const uint32_t dtype_;
   const uint64_t elements_, row_bytes_;
   const bool wide_;
@@ -329,7 +382,7 @@ thread_local std::vector<double> Encoder::doubles_;
 }  // namespace
 
 void watch_gathered(const Layout& layout, const std::vector<Watch>& watches, uint64_t bits, std::unordered_map<uint64_t, uint64_t>& met) {
-  Encoder encoder(layout, DMI_LEVEL_STATS);
+  Encoder encoder(layout, DMI_LEVEL_STATS, 0);
   uint64_t row = 0;
   for (const Own& own : *layout.owns) {
     uint64_t found = 0;
@@ -338,9 +391,9 @@ void watch_gathered(const Layout& layout, const std::vector<Watch>& watches, uin
   }
 }
 
-void encode_gathered(const Layout& layout, uint32_t level, uint64_t begin, uint64_t bytes, std::byte* to) {
+void encode_gathered(const Layout& layout, uint32_t level, uint32_t top, uint64_t begin, uint64_t bytes, std::byte* to) {
   if (bytes == 0) return;
-  Encoder encoder(layout, level);
+  Encoder encoder(layout, level, top);
   const uint64_t row_bytes = encoder.row_bytes();
   uint64_t row = begin / row_bytes;
   if (const uint64_t skip = begin % row_bytes; skip != 0) {

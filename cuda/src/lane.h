@@ -63,6 +63,7 @@ class Lane {
     // Latched from the gates, by site: the level of all rows, or which of the selections (from 1 on) says what level each has.
     std::vector<uint8_t> level;
     std::vector<uint16_t> selection;
+    std::vector<uint8_t> top;  // of rows at STATS
     std::vector<dmi_clause> clauses;
     std::vector<Selection> selections;
     std::vector<dmi_run> runs;                   // of all selections

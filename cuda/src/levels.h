@@ -68,9 +68,9 @@ DMI_BOTH inline uint8_t level_for(uint8_t level, uint32_t dtype) {
   return complex && encoded(level) ? uint8_t{DMI_LEVEL_FULL} : level;
 }
 
-// Bytes of a row of so many elements of so many bytes.
-DMI_BOTH inline uint64_t level_row_bytes(uint32_t level, uint64_t elements, uint64_t element_bytes) {
-  if (level == DMI_LEVEL_STATS) return DMI_STATS * sizeof(float);
+// Bytes of a row of so many elements of so many bytes. `top`: the gate's.
+DMI_BOTH inline uint64_t level_row_bytes(uint32_t level, uint64_t elements, uint64_t element_bytes, uint32_t top) {
+  if (level == DMI_LEVEL_STATS) return (DMI_STATS + 2 * uint64_t{top}) * sizeof(float);
   if (encoded(level)) return sizeof(float) + (elements + 3) / 4 * 4;
   return elements * element_bytes;
 }
@@ -169,5 +169,15 @@ struct Sums {
     to[7] = Value(count);
   }
 };
+
+// ---- the greatest elements
+
+constexpr uint32_t kNoElement = 0xffffffff;
+
+// Whether an element stands before another one: the greater first, and of equal ones that of the lower index.
+template <typename Value>
+DMI_BOTH bool stands_before(Value a, uint32_t a_index, Value b, uint32_t b_index) {
+  return a > b || (a == b && a_index < b_index);
+}
 
 }  // namespace dmi

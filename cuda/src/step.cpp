@@ -83,6 +83,7 @@ void Ring::latch_gates(Lane& lane) {
   const size_t known = step.level.size();
   step.level.resize(step.sites, DMI_LEVEL_FULL);
   step.selection.resize(step.sites, 0);
+  step.top.resize(step.sites, 0);
   thread_local std::vector<dmi_gate> gates;
   // A bounded number of tries: an engine that died while writing must not stop the model. The last latch stays.
   for (int attempt = 0; attempt < 64; ++attempt) {
@@ -141,6 +142,7 @@ void Ring::select(Lane& lane, const std::vector<dmi_gate>& gates) {
     const dmi_gate& gate = gates[site];
     const bool by_row = gate.clauses != 0 || gate.level == DMI_LEVEL_SAMPLED;
     step.selection[site] = 0;
+    step.top[site] = std::min<uint8_t>(gate.top, DMI_MOST_TOP);
     step.level[site] = gate.level < DMI_LEVELS ? gate.level : uint8_t{DMI_LEVEL_FULL};
     if (!by_row || uint32_t{gate.clause} + gate.clauses > DMI_MAX_CLAUSES) continue;
     size_t found = 0;

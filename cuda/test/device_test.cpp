@@ -210,8 +210,9 @@ uint64_t step(World& w, std::mt19937_64& random, uint64_t number, uint64_t& owed
   std::vector<uint8_t> levels(kSites, DMI_LEVEL_FULL), left(kSites, kRecordsPerSite);
   for (uint8_t& level : levels) level = random() % 5 == 0 ? uint8_t(DMI_LEVEL_OFF) : uint8_t(DMI_LEVEL_FULL);
   const std::vector<uint16_t> selection(kSites);
+  const std::vector<uint8_t> top(kSites);
   Told told_rows;
-  tell_step(o, told_rows, lists, levels.data(), selection.data(), left.data(), {}, w.sites);
+  tell_step(o, told_rows, lists, levels.data(), selection.data(), top.data(), left.data(), {}, w.sites);
   o.runs = told_rows.runs.data();
   o.gates = told_rows.gates.data();
 

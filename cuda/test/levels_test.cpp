@@ -118,6 +118,22 @@ void check_statistics(const std::byte* got, const std::vector<double>& values) {
   CHECK_EQ(uint64_t(figure[7]), values.size());
 }
 
+// The greatest elements behind the figures, against all of them sorted.
+void check_top(const std::byte* got, uint32_t top, const std::vector<double>& values) {
+  std::vector<uint32_t> order;
+  for (uint32_t i = 0; i < values.size(); ++i) {
+    if (std::isfinite(values[i])) order.push_back(i);
+  }
+  std::stable_sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) { return values[a] > values[b]; });
+  for (uint32_t i = 0; i < top; ++i) {
+    const auto value = as<float>(got + 4 * i);
+    const auto index = as<uint32_t>(got + 4 * (top + i));
+    CHECK_EQ(index, i < order.size() ? order[i] : 0xffffffffu);
+    if (i < order.size()) CHECK(value == float(values[order[i]]));
+    if (i >= order.size()) CHECK(value != value);
+  }
+}
+
 // A quantised row: each element within half a step of its scale (INT8), or 1/16 of itself and half the least code (FP8).
 void check_quantised(uint32_t level, const std::byte* got, const std::vector<double>& values, const std::vector<bool>& own) {
   const double scale = as<float>(got);
@@ -354,6 +370,7 @@ class World {
       g = {};
       g.level = kLevels[below(6)];
       g.stride = uint16_t(1 + below(5));
+      g.top = uint8_t(below(2) == 0 ? 0 : below(3) == 0 ? DMI_MOST_TOP : 1 + below(9));
       g.clause = uint16_t(below(10));
       g.clauses = uint16_t(below(2) == 0 ? 0 : 1 + below(2));
       uint64_t word;
@@ -533,7 +550,9 @@ class World {
     }
     if (r.level == DMI_LEVEL_STATS) {
       check_statistics(got, counted);
-      return DMI_STATS * 4;
+      const uint32_t top = step.gates[r.site].top;
+      check_top(got + DMI_STATS * 4, top, counted);
+      return (DMI_STATS + 2 * top) * 4;
     }
     if (!dmi::encoded(r.level)) return uint64_t(size[2] * size[3]) * bytes;
     check_quantised(r.level, got, values, own);

@@ -114,6 +114,66 @@ def test_levels_from_policy_to_reader(tmp_path: Path, mode: str) -> None:
     assert set(levels.values()) == {"fp8", "int8"}
 
 
+TOP = """
+default: off
+rules:
+- {hooks: resid_post, layers: 1, phase: decode, level: stats+3}
+- {hooks: resid_post, layers: 1, requests: {tags: [wide]}, level: stats+64}
+- {hooks: resid_post, layers: 1, level: stats}
+- {hooks: resid_post, layers: 0, level: full}
+- {hooks: attn.hook_pattern, layers: 0, level: stats+7}
+- {hooks: attn.hook_pattern, layers: 1, phase: prefill, level: stats+2}
+- {hooks: logits, level: stats+5}
+"""
+
+
+def test_greatest_elements_are_those_of_torch_topk(tmp_path: Path) -> None:
+    """At level stats+K, against torch.topk of the model's own tensors in float64: where rules of one site differ, each row has its own K."""
+    model = llama()
+    hooks = ["blocks.*.hook_resid_post", "blocks.*.attn.hook_pattern", "logits"]
+    with dmi.attach(model, hooks, store=tmp_path / "s", tags=["wide"]) as session, torch.no_grad():
+        session.policy.set(TOP)
+        with plainly(model.model.layers[0]) as first, plainly(model.model.layers[1]) as second, plainly(model.lm_head) as logits:
+            out = model(prompts(1, 9), use_cache=True)
+            for _ in range(3):
+                out = model(prompts(1, 1), past_key_values=out.past_key_values)
+        session.flush()
+        cache = session.cache(request=session.requests[-1])
+
+        def same(name: str, rows: torch.Tensor, k: int, positions: list[int]) -> None:
+            found = {line["position"]: line for line in cache.topk(name, k=k, tokens=slice(positions[0], positions[-1] + 1))}
+            assert sorted(found) == positions
+            for position in positions:
+                row, elements = rows[position].double().flatten(), found[position]["elements"]
+                want = torch.topk(row, min(k, len(row)))
+                assert [e["value"] for e in elements] == want.values.float().tolist(), (name, position)
+                assert [row[e["index"]].item() for e in elements] == want.values.tolist()
+                for a, b in zip(elements, elements[1:], strict=False):  # of equal ones, that of the lower index comes first
+                    assert (a["value"], -a["index"]) > (b["value"], -b["index"])
+
+        post0, post1, ends = torch.cat(first, dim=1)[0], torch.cat(second, dim=1)[0], torch.cat(logits, dim=1)[0]
+        same("blocks.1.hook_resid_post", post1, 64, list(range(9)))
+        same("blocks.1.hook_resid_post", post1, 3, list(range(9, 12)))
+        same("blocks.1.hook_resid_post", post1, 2, list(range(12)))  # fewer than came
+        same("blocks.0.hook_resid_post", post0, 6, list(range(12)))  # of full rows, by the engine
+        same("logits", ends, 5, list(range(12)))
+        with pytest.raises(ValueError, match="the 4 greatest elements .* of position 9 statistics came with 3"):
+            cache.topk("blocks.1.hook_resid_post", k=4)
+        # attention: of a query's own keys, one head after the other
+        for line in cache.topk("blocks.0.attn.hook_pattern", k=7):
+            keys = line["position"] + 1
+            assert len(line["elements"]) == min(7, keys * model.config.num_attention_heads) and all(e["index"] < keys * model.config.num_attention_heads for e in line["elements"])
+            assert line["elements"][0]["value"] == max(s["max"] for s in cache.stats("blocks.0.attn.hook_pattern") if s["position"] == line["position"])
+        lines = {line["position"]: line for line in cache.stats("blocks.1.hook_resid_post")}
+        for position, line in lines.items():
+            for name, value in figures(post1[position]).items():
+                assert line[name] == pytest.approx(value, rel=2e-7, abs=1e-7), (position, name)
+        top = cache.topk("blocks.1.hook_resid_post", k=2)
+        request = session.requests[-1]
+    shown = subprocess.run([binary(), "topk", "--store", tmp_path / "s", "-r", request, "-s", "blocks.1.hook_resid_post", "-k", "2", "--json"], check=True, capture_output=True)
+    assert json.loads(shown.stdout) == top  # from the segments, when the session is over
+
+
 def test_what_is_not_finite_stays_so(tmp_path: Path) -> None:
     model = llama()
     with dmi.attach(model, ["blocks.*.hook_resid_post"], store=tmp_path / "s") as session, torch.no_grad():

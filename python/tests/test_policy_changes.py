@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 import dmi
@@ -23,7 +24,7 @@ def draw(choose: random.Random, bounds: list[float]) -> Document:
     """A document of rules whose meaning `level` says in a few lines. Bounds: of rows' norms."""
     rules = []
     for _ in range(choose.randrange(4)):
-        rule: Document = {"level": choose.choice(["full", "full", "off", "sampled/2", "sampled/3", "int8", "fp8", "stats"])}
+        rule: Document = {"level": choose.choice(["full", "full", "off", "sampled/2", "sampled/3", "int8", "fp8", "stats", "stats+2", "stats+5"])}
         if choose.random() < 0.6:
             rule["hooks"] = choose.choice(SITES)
         if choose.random() < 0.4:
@@ -119,7 +120,7 @@ def test_random_changes_under_a_running_model(tmp_path: Path) -> None:
         assert not failure, failure
         session.flush()
         seen: set[int] = set()
-        rows = full = reduced = by_trigger = 0
+        rows = full = reduced = by_trigger = greatest = 0
         for request, (prompt, values) in requests.items():
             cache = session.cache(request=request)
             for number, site in enumerate(SITES):
@@ -132,7 +133,14 @@ def test_random_changes_under_a_running_model(tmp_path: Path) -> None:
                         if document is not None and want != "full" and triggered(document, number, position, prompt, values):
                             want = "full"
                             by_trigger += 1
+                        want, _, top = want.partition("+")
                         assert (r["level"] if r["outcome"] == "captured" else "") == want, (request, site, position, r, document)
+                        if top:
+                            greatest += 1
+                            elements = cache.topk(site, k=int(top), tokens=slice(position, position + 1))[0]["elements"]
+                            assert [e["value"] for e in elements] == values[number, position].float().topk(int(top)).values.tolist(), (request, site, position)
+                            with pytest.raises(ValueError, match=f"statistics came with {top} of them"):  # no more than the policy says, whatever came for other rows
+                                cache.topk(site, k=int(top) + 1, tokens=slice(position, position + 1))
                         rows += 1
                         reduced += want not in ("", "full")
                         if want == "full":
@@ -140,6 +148,6 @@ def test_random_changes_under_a_running_model(tmp_path: Path) -> None:
                             assert torch.equal(cache.get(site, tokens=slice(position, position + 1))[0], values[number, position]), (request, site, position)
         assert rows == sum(2 * values.shape[1] for _, values in requests.values())
         assert balanced(session.coverage())
-        assert len(seen) > min(len(requests), CHANGES) / 20 and 0 < full < rows and reduced > 0 and (by_trigger > 0 or rows < 1000)
-        print(f"{CHANGES} changes; {len(seen)} revisions met {rows} rows of {len(requests)} requests, of which {full} were captured in full, {by_trigger} of them for a trigger, and {reduced} at lower levels")
+        assert len(seen) > min(len(requests), CHANGES) / 20 and 0 < full < rows and reduced > 0 and (by_trigger > 0 or rows < 1000) and (greatest > 0 or rows < 1000)
+        print(f"{CHANGES} changes; {len(seen)} revisions met {rows} rows of {len(requests)} requests, of which {full} were captured in full, {by_trigger} of them for a trigger, and {reduced} at lower levels, {greatest} of those with their greatest elements")
         until(lambda: session.policy.get()["revision"]["revision"] == max(in_force))

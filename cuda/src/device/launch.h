@@ -54,16 +54,16 @@ inline Space tell_list(Told& told, const RowList& list, bool keyed) {
   return to;
 }
 
-// Rows and gates of a step, by site. `levels` and `selections` as in Lane::Step; `left`: records set aside for each site.
-inline void tell_step(Opening& o, Told& told, const RowLists& rows, const uint8_t* levels, const uint16_t* selection, const uint8_t* left,
-                      const std::vector<Selection>& selections, const dmi_site* sites) {
+// Rows and gates of a step, by site. `levels`, `top` and `selections` as in Lane::Step; `left`: records set aside for each site.
+inline void tell_step(Opening& o, Told& told, const RowLists& rows, const uint8_t* levels, const uint16_t* selection, const uint8_t* top,
+                      const uint8_t* left, const std::vector<Selection>& selections, const dmi_site* sites) {
   told.runs.clear(), told.owns.clear(), told.lists.clear(), told.gates.clear();
   bool keyed = false;
   o.levelled = 0;
   o.aside = 0;
   for (uint32_t site = 0; site < o.sites; ++site) {
     // Where there is a selection, it alone says what is off.
-    const Gate gate{selection[site] != 0 ? uint8_t{DMI_LEVEL_FULL} : levels[site], left[site], selection[site]};
+    const Gate gate{selection[site] != 0 ? uint8_t{DMI_LEVEL_FULL} : levels[site], left[site], selection[site], top[site], {}};
     const bool levelled = gate.selection != 0 || encoded(gate.level);
     told.gates.push_back(gate);
     o.aside += left[site];
@@ -103,7 +103,7 @@ class Teller {
     o.gap_last = step.gap.last;
     o.gap_steps = step.gap.steps;
     o.gap_rows = step.gap.rows;
-    tell_step(o, now_, *step.rows, step.levels, step.selection, step.left, *step.selections, step.table);
+    tell_step(o, now_, *step.rows, step.levels, step.selection, step.top, step.left, *step.selections, step.table);
     if (now_.runs.size() > kLargestRuns || now_.lists.size() > kMostSelections * kListsEach)
       return "its rows are more scattered, or its sites' selections more, than a device is told of; select with fewer or wider windows";
     uint64_t bytes = 0;

@@ -34,7 +34,7 @@ DMI_HD void each_part(const Fixed& f, const Tensor& t, const Plan& p, Visit visi
     if (rows == 0) continue;
     const uint8_t own = level_for(uint8_t(level), t.dtype);
     // What does not fit its site has no bytes, and may have no elements either.
-    const uint32_t bytes = p.fate != Fate::kCapture ? 0 : uint32_t(level_row_bytes(own, p.row_bytes / t.element, t.element));
+    const uint32_t bytes = p.fate != Fate::kCapture ? 0 : uint32_t(level_row_bytes(own, p.row_bytes / t.element, t.element, p.top));
     if (!visit(Part{list, first, rows, own, bytes, at})) return;
     first += rows;
     at += aligned(uint64_t{rows} * bytes);
@@ -46,6 +46,7 @@ DMI_HD inline Plan plan_levelled(const Fixed& f, const Tensor& t) {
   if (p.fate == Fate::kOff || p.fate == Fate::kOutside) return p;
   const Gate gate = f.gates[t.site];
   p.selection = gate.selection;
+  p.top = gate.top;
   p.level = gate.level == DMI_LEVEL_SAMPLED ? uint8_t{DMI_LEVEL_FULL} : gate.level;
   const uint32_t all = p.rows;
   p.rows = 0;
@@ -130,11 +131,23 @@ struct Tally {
   }
 };
 
+// An element of a row, and where it stands.
+struct Standing {
+  double value;
+  uint32_t index, spare;
+  DMI_HD void merge(const Standing& o) {
+    if (stands_before(o.value, o.index, value, index)) *this = o;
+  }
+};
+// Behind all elements.
+DMI_HD inline Standing nowhere() { return {-INFINITY, kNoElement, 0}; }
+
 constexpr uint32_t kMostWarps = 8;  // of a block
 
 // Where the warps of a block meet over a row.
 struct Rendezvous {
   Tally tally[kMostWarps];
+  Standing standing[kMostWarps];
   float most[kMostWarps];
 };
 
@@ -166,6 +179,10 @@ struct Team {
 struct Counting {
   uint32_t length, from, to;
   DMI_HD bool operator()(uint32_t element) const { return length == 0 || (element % length >= from && element % length < to); }
+  // How many that count are before it.
+  DMI_HD uint32_t before(uint32_t element) const {
+    return length == 0 ? element : element / length * (to - from) + element % length - from;
+  }
 };
 
 DMI_HD inline Counting counting(const Fixed& f, const Tensor& t, const Plan& p, const Space& list, uint32_t row) {
@@ -304,6 +321,31 @@ DMI_HD void summarise_row(const Team<Block>& team, const Tensor& t, const Plan& 
   for (uint32_t i = 0; i < DMI_STATS; ++i) to.put(i, figures[i]);
 }
 
+// The greatest finite elements of a row, one after the other: each is what stands first of those behind the one before, in a pass of its
+// own, so that none has to be kept anywhere.
+template <typename Value, typename Block>
+DMI_HD DMI_APART void greatest_of_row(const Team<Block>& team, const Tensor& t, const Plan& p, const std::byte* row, const Counting& counts,
+                                      const Words& to) {
+  Standing last{INFINITY, 0, 0};
+  for (uint32_t n = 0; n < p.top; ++n) {
+    Standing first = nowhere();
+    if (n == 0 || last.index != kNoElement) {
+      each_four<1, Value>(t, p, row, team.lane(), team.lanes(), [&](uint32_t at, const Value* values, uint32_t some) {
+        for (uint32_t k = 0; k < 4; ++k) {
+          if (k >= some || !counts(at + k) || !finite(values[k])) continue;
+          const Standing one{double(values[k]), at + k, 0};
+          if (stands_before(last.value, last.index, one.value, one.index)) first.merge(one);
+        }
+      });
+      last = team.all(first, team.meet.standing, [](Standing& a, const Standing& b) { a.merge(b); });
+    }
+    if (team.lane() != 0) continue;
+    const bool none = last.index == kNoElement;
+    to.put(DMI_STATS + n, none ? NAN : float(last.value));
+    to.put(DMI_STATS + p.top + n, none ? kNoElement : counts.before(last.index));
+  }
+}
+
 template <typename Block>
 DMI_HD void quantise_row(const Team<Block>& team, const Tensor& t, const Plan& p, const std::byte* row, const Counting& counts,
                          uint8_t level, const Words& to) {
@@ -349,8 +391,10 @@ DMI_HD DMI_APART void compute_rows(Block& block, Rendezvous& meet, const Fixed& 
       quantise_row(team, t, p, from, counts, part.level, words);
     } else if (needs_double(t.dtype)) {
       summarise_row<double>(team, t, p, from, counts, words);
+      if (p.top != 0) greatest_of_row<double>(team, t, p, from, counts, words);
     } else {
       summarise_row<float>(team, t, p, from, counts, words);
+      if (p.top != 0) greatest_of_row<float>(team, t, p, from, counts, words);
     }
   }
 }

@@ -28,6 +28,7 @@ struct Plan {
   uint32_t off;
   uint16_t selection;
   uint8_t level;  // of all rows, where selection is 0
+  uint8_t top;    // of rows at STATS: greatest elements
 };
 
 // Rows of a source: those of a step's space, or those of them at one level.

@@ -31,7 +31,10 @@ struct Gate {
   uint8_t level;       // dmi_level of all rows, where selection is 0
   uint8_t left;        // records set aside for it
   uint16_t selection;  // which of the lists say what level each row has; from 1 on
+  uint8_t top;         // greatest elements of rows at STATS
+  uint8_t spare[3];
 };
+static_assert(sizeof(Gate) == 8);
 
 // The rows of one space in a step, or those of them that a selection has at one level.
 struct Space {

@@ -5,7 +5,7 @@ from enum import IntEnum
 
 MAGIC = 0x31474E4952494D44
 TABLE_MAGIC = 0x5342544D
-ABI_VERSION = 2
+ABI_VERSION = 3
 MAX_LANES = 8
 MAX_DIMS = 6
 MAX_SITES = 65536
@@ -19,6 +19,7 @@ MAX_CLAUSES = 1024
 MAX_WATCHES = 64
 PROBE_FLOATS = 262144
 STATS = 8
+MOST_TOP = 64
 OPEN_END = 0x7FFFFFFFFFFFFFFF
 SITE_OPTIONAL = 1
 SITE_EVENT = 2
@@ -255,7 +256,7 @@ class SiteStruct(ctypes.LittleEndianStructure):
 class GateStruct(ctypes.LittleEndianStructure):
     _fields_ = [
         ("level", ctypes.c_uint8),
-        ("spare", ctypes.c_uint8),
+        ("top", ctypes.c_uint8),
         ("stride", ctypes.c_uint16),
         ("clause", ctypes.c_uint16),
         ("clauses", ctypes.c_uint16),

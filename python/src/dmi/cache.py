@@ -220,6 +220,12 @@ class Cache:
         return list(self._client.get("/stats", {"request": self._requests, "site": site, "layer": layer, "per": per,
                                                 "tokens": _range("tokens", tokens)})["items"])  # fmt: skip
 
+    def topk(self, name: Key | None = None, *, k: int = 5, tokens: Range = None) -> list[dict[str, Any]]:
+        """The k greatest finite elements of every row, the greatest first and of equal ones that of the lower index: `request, site, position, level,
+        elements: [{index, value}]`. `name` may be a glob. Rows at level stats have as many as their policy said (`stats+K`): more is an error."""
+        site, layer = _key(name) if name is not None else (None, None)
+        return list(self._client.get("/topk", {"request": self._requests, "site": site, "layer": layer, "k": k, "tokens": _range("tokens", tokens)})["items"])
+
     def top_keys(self, name: Key, *, heads: Sequence[int] | int | None = None, query: int | None = None, k: int = 5) -> list[dict[str, Any]]:
         """The positions that each head of an attention pattern attends to most: `head, keys: [{position, token, weight}]`, largest
         first; for one query position, or averaged over all. Of one request."""
