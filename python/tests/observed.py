@@ -123,7 +123,7 @@ class Ledger:
         self.latest: list[int] = []
         self._steps = 0
 
-    def begin(self, count: int, *, tokens: Any = None, hidden: bool = False, names: Any = (), labels: Any = None) -> list[int]:
+    def begin(self, count: int, *, tokens: Any = None, hidden: bool = False, names: Any = (), labels: Any = None, tags: Any = ()) -> list[int]:
         numbers = list(range(len(self.tokens), len(self.tokens) + count))
         for i, number in enumerate(numbers):
             self.tokens[number] = None if tokens is None else tokens[i]

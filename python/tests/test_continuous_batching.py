@@ -16,8 +16,14 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import CompileConfig, ContinuousBatchingConfig, GenerationConfig
-from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor
+from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
+from transformers.generation.continuous_batching.continuous_api import (
+    ContinuousBatchingManager,
+    ContinuousBatchProcessor,
+    ContinuousMixin,
+)
 from transformers.generation.continuous_batching.model_runner import ModelRunner
+from transformers.generation.continuous_batching.requests import RequestState
 
 import dmi
 from dmi.batching import LABEL
@@ -30,7 +36,8 @@ REQUESTS = int(os.environ.get("DMI_BATCHING_REQUESTS", "16"))
 """Of each load."""
 SITES = ["tokens", "blocks.*.hook_resid_post", "blocks.**.hook_rot_k", "logits"]
 WRAPPED = [(ContinuousBatchProcessor, name) for name in ("_generation_step", "prepare_next_batch", "update_batch", "fail_all_requests", "reset")]
-WRAPPED += [(ModelRunner, "run_one_warmup")]
+WRAPPED += [(ModelRunner, "run_one_warmup"), (ContinuousBatchingManager, "add_request"), (ContinuousMixin, "generate_batch"),
+            (ContinuousBatchingLogitsProcessorList, "check_kwargs"), (RequestState, "to_generation_output")]  # fmt: skip
 MODELS = [("llama", "sdpa"), ("qwen3", "eager"), ("gpt2", "sdpa"), ("mixtral", "eager")]
 
 
@@ -236,3 +243,74 @@ def test_patterns_are_refused_where_pages_form_none() -> None:
         assert done["a"].generated_tokens
     with observed(model_of("gemma3", "eager"), ["blocks.0.attn.hook_pattern"]) as session, pytest.raises(HookError, match="sliding windows"):
         session.instrumentation._model.init_continuous_batching(GenerationConfig(max_new_tokens=3, eos_token_id=-1))
+
+
+def test_requests_say_what_is_captured_of_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """In `add_request`, by a prompt of `generate_batch` or for all of its prompts, and in `generate`: what is kept was wished, and is right; the answers are
+    those of requests that say nothing."""
+    fresh_seed()
+    model = model_of("llama", "sdpa")
+    config = ContinuousBatchingConfig(block_size=8, num_blocks=64, max_batch_tokens=16, allow_block_sharing=False)
+    generation = GenerationConfig(max_new_tokens=5, eos_token_id=-1)
+    prompt = torch.randint(3, 128, (9,)).tolist()
+    last = f"blocks.{model.config.num_hidden_layers - 1}.hook_resid_post"
+    choices: dict[str, dict[str, Any]] = {
+        "all": {"dmi_reference": 1},
+        "off": {"dmi_capture": "off", "dmi_reference": 1},
+        "sites": {"dmi_sites": ["logits", last], "dmi_positions": ["prompt[-1]", "generated[:2]"], "dmi_tags": "trial eu"},
+        "wrong": {"dmi_layers": 3, "dmi_reference": 1},
+    }
+    everything, ends = list(range(13)), [8, 9, 10]
+    kept = {"all": (everything, everything), "off": ([], []), "sites": (ends, []), "wrong": ([], [])}  # of the last block, of the first
+
+    def positions(request: str, site: str) -> list[int]:
+        books = store.cache(request=request).coverage(site)["outcomes"]
+        return store.cache(request=request).positions_of(site).tolist() if "captured" in books else []
+
+    with dmi.attach(model, hooks=["blocks.*.hook_resid_post", "logits"], store=tmp_path / "store") as session:
+        with model.continuous_batching_context_manager(generation, continuous_batching_config=config) as manager, caplog.at_level(logging.WARNING):
+            for key, options in choices.items():
+                manager.add_request(prompt, request_id=key, **options)
+            done: dict[str, Any] = {}
+            while len(done) < len(choices):
+                result = manager.get_result(timeout=30)
+                assert result is not None and result.error is None, result
+                done[result.request_id] = result
+        assert "request wrong: nothing of it is captured: 'dmi_layers' is no option" in caplog.text
+        batch = model.generate_batch([dmi.Prompt(prompt, dmi_positions="prompt[0]"), prompt, dmi.Prompt(prompt, dmi_sites=last)], generation, config, dmi_tags="batch")
+        ids = torch.tensor([prompt])
+        plain = model.generate(ids, max_new_tokens=5, do_sample=False)
+        assert torch.equal(plain, model.generate(ids, max_new_tokens=5, do_sample=False, dmi_positions="generated[0]", dmi_tags="plain"))
+        with pytest.raises(TypeError, match="dmi_site=...\\) is no option"):
+            dmi.Prompt(prompt, dmi_site="logits")
+        session.flush()
+        store = dmi.open(tmp_path / "store")
+        assert {tuple(output.generated_tokens) for output in (*done.values(), *batch.values())} == {tuple(plain[0, 9:].tolist())}
+        want = alone(model, plain[0, :-1].tolist(), [last])[last]
+        for key, (of_last, of_first) in kept.items():
+            assert positions(key, last) == of_last and positions(key, "blocks.0.hook_resid_post") == of_first, key
+            if of_last:
+                assert near(store.cache(request=key).get(last, partial=True), want[of_last])
+        assert done["all"].dmi == {"observed": True, "request": "all", "session": session.id, "store": session.store, LABEL: "all"}
+        assert done["off"].dmi == {"observed": False, "reason": "the request asked for nothing to be captured"}
+        assert "no option" in done["wrong"].dmi["reason"] and not hasattr(done["sites"], "dmi")
+        assert [info["id"] for info in store.requests(tag="trial")] == ["sites"]
+        tagged = {info["labels"][LABEL]: info["id"] for info in store.requests(tag="batch")}
+        first, second, third = (tagged[key] for key in batch)
+        assert (positions(first, last), positions(second, last), positions(third, last)) == ([0], everything, everything)
+        assert positions(third, "blocks.0.hook_resid_post") == [] and positions(second, "blocks.0.hook_resid_post") == everything
+        (by_generate,) = store.requests(tag="plain")
+        assert positions(by_generate["id"], last) == [9]
+
+
+def test_options_outlive_the_session() -> None:
+    """Requests that wait when a session ends go on without it: the library would fail them for arguments that it does not know."""
+    model = model_of("llama", "sdpa")
+    manager = model.init_continuous_batching(GenerationConfig(max_new_tokens=3, eos_token_id=-1), ContinuousBatchingConfig(block_size=8, num_blocks=64, max_batch_tokens=16))
+    with observed(model, ["tokens"]):
+        manager.add_request([5, 6, 7], request_id="late", dmi_positions="prompt[-1]")
+    manager.start()
+    result = manager.get_result(timeout=60)
+    manager.stop(block=True)
+    manager.destroy()
+    assert result is not None and result.error is None and len(result.generated_tokens) == 3

@@ -395,3 +395,14 @@ def test_bad_arguments(tmp_path: Path) -> None:
             dmi.attach(model, "tokens", **arguments)  # type: ignore[arg-type]
     with pytest.raises(dmi.HookError, match="is on meta"):
         dmi.attach(model.to("meta"), "tokens", store=tmp_path / "s")
+
+
+def test_the_engine_is_nobodys_child(tmp_path: Path) -> None:
+    """Servers that end kill what descends from their processes; an engine among that would lose what it has not written."""
+    with dmi.attach(llama(), RESIDUAL, store=tmp_path / "s"):
+        pid = engine_pid(tmp_path / "s")
+        ancestors = []
+        while pid > 1:
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+            ancestors.append(pid)
+    assert os.getpid() not in ancestors

@@ -44,7 +44,7 @@ class Runner:
 
 
 def worker(additional: Any, **parallel: Any) -> Any:
-    layout = SimpleNamespace(**{"pipeline_parallel_size": 1, "tensor_parallel_size": 1, "rank": 0, **parallel})
+    layout = SimpleNamespace(**{"pipeline_parallel_size": 1, "tensor_parallel_size": 1, "world_size": 1, "data_parallel_rank": 0, "rank": 0, **parallel})
     cache = SimpleNamespace(kv_cache_memory_bytes=None, num_gpu_blocks_override=None)
     config = SimpleNamespace(additional_config=additional, parallel_config=layout, speculative_config=None, cache_config=cache, model_config=None)
     return SimpleNamespace(rank=layout.rank, device=torch.device("cpu"), vllm_config=config, model_runner=Runner(config), shutdown=lambda: None,
@@ -101,6 +101,15 @@ def test_other_ranks_are_not_what_serves_unobserved(caplog: pytest.LogCaptureFix
         Plugin.into(it, it.vllm_config)
         serves(it)
     assert caplog.text == "" and status.told() == {} and not it.dmi_status()["observed"]
+
+
+def test_data_parallel_engines_tell_of_themselves(vllm: Any) -> None:
+    """Each counts its ranks from 0; those of dense models reset their rank, and keep an index."""
+    vllm.__version__ = "0.1"
+    for engine in ({"data_parallel_rank": 1}, {"data_parallel_rank": 0, "data_parallel_index": 2}):
+        it = worker(ASKED, world_size=2, tensor_parallel_size=2, **engine)
+        Plugin.into(it, it.vllm_config)
+    assert set(status.told()) == {2, 4} and all(not told["observed"] for told in status.told().values())
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
+from dmi.options import Options, options_of
 from dmi.requests import ID_BYTES, Requests, new_run
 from dmi.vllm import reference, status
 from dmi.vllm.batches import LABEL, Batches, name_of
 from dmi.vllm.memory import Memory
-from dmi.vllm.options import Options, options_of
 from dmi.vllm.settings import Settings
 
 
@@ -34,7 +34,7 @@ def parameters(**extra: Any) -> Any:
     ],
 )
 def test_options(extra: dict[str, Any], labels: dict[str, str], tags: list[str]) -> None:
-    assert options_of(parameters(**extra)) == Options(labels, tags)
+    assert options_of(parameters(**extra).extra_args) == Options(labels, tags)
     assert options_of(None) == Options()
 
 

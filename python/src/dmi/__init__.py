@@ -13,6 +13,7 @@ from dmi.families import Mapping
 from dmi.hook import HookError, HookPoint
 from dmi.native import CaptureError, NativeError
 from dmi.notebook import View, view
+from dmi.options import Prompt
 from dmi.recompute import recompute_attention
 from dmi.session import Run, Session
 from dmi.store import Store, open
@@ -29,6 +30,7 @@ __all__ = [
     "Mapping",
     "NativeError",
     "NotCapturedError",
+    "Prompt",
     "RaggedError",
     "Run",
     "Session",

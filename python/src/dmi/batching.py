@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import re
 import threading
 import weakref
@@ -22,15 +23,22 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from dmi._abi import SPAN_CHOSEN
 from dmi.hook import HookError
+from dmi.options import REFERENCE, Options, Prompt, asking, given_in, options_of
 from dmi.requests import IDS_KEPT
 from dmi.rows import DECODE, PREFILL, SPANS, Requests
 from dmi.sites import LOGITS, TOKENS
 
 LABEL = "hf_request"
 """Label of a request under which it has the id that Hugging Face knows it by."""
+LABEL_LENGTH = 1024
+"""Characters of it at most; clients choose them, and the engine takes 4096 bytes."""
 _NUMBERED = re.compile(r"req_\d+(__child#\d+)?")
 """Ids that a manager gave by itself, counting from 0: the next manager gives them again."""
+
+
+log = logging.getLogger("dmi.batching")
 
 
 @dataclass
@@ -43,6 +51,8 @@ class _Served:
     done: int = 0
     """Positions below were computed, or came out of the cache. Computing one again is another attempt."""
     attempt: int = 0
+    flags: int = 0
+    """Of its spans."""
 
 
 Opening = Callable[[list[int], bytes, dict[str, Any]], AbstractContextManager[int]]
@@ -73,6 +83,10 @@ class Batches:
                 for one in served.values():
                     self._end(one, "aborted")
             self._under_way.clear()
+
+    def reference(self, key: str) -> dict[str, Any]:
+        """Where the captures of a request of the library's are."""
+        return self._requests.reference(LABEL, key[:LABEL_LENGTH])
 
     def settle(self) -> None:
         """Tell the tokens of those that are under way."""
@@ -156,7 +170,7 @@ class Batches:
             one.done = position + count
             prompt = state._true_initial_tokens or len(state.initial_tokens)
             phase = DECODE if count == 1 and position >= prompt else PREFILL
-            rest = (key_first, one.attempt, phase, 0, prompt)
+            rest = (key_first, one.attempt, phase, one.flags, prompt)
             rows.append((one.number, TOKENS, 0, first, count, position, *rest))
             if not few:
                 logits.append((one.number, LOGITS, 0, first, count, position, *rest))
@@ -179,10 +193,19 @@ class Batches:
             self._named.update(dict.fromkeys(names))
             if len(self._named) > IDS_KEPT:
                 del self._named[next(iter(self._named))]
-            (number,) = self._requests.begin(1, names=names, labels={LABEL: key[:1024]})  # a client's choice may be longer than the engine takes
-            one = known[key] = _Served(number, state)
+            options = told(key, options_of(state.logit_processor_kwargs))
+            labels = {**options.labels, LABEL: key[:LABEL_LENGTH]}
+            (number,) = self._requests.begin(1, names=names, labels=labels, tags=options.tags)
+            one = known[key] = _Served(number, state, flags=SPAN_CHOSEN if options.chosen else 0)
         one.state = state
         return one
+
+
+def told(key: str, options: Options) -> Options:
+    """Options that cannot be meant are told of, in the log."""
+    if options.wrong:
+        log.warning("request %s: nothing of it is captured: %s", key, options.wrong)
+    return options
 
 
 def _tokens(state: Any) -> list[int]:
@@ -197,10 +220,14 @@ _plain: list[tuple[type, str, Any]] = []
 """What was there before the first of us came."""
 
 
-def _watch(batches: Batches) -> None:
-    from transformers.generation.continuous_batching import continuous_api, model_runner
+_managers: weakref.WeakSet[Any] = weakref.WeakSet()
+"""That were given requests with options."""
 
-    processor, runner = continuous_api.ContinuousBatchProcessor, model_runner.ModelRunner
+
+def _watch(batches: Batches) -> None:
+    from transformers.generation.continuous_batching import cb_logits_processors, continuous_api, model_runner, requests
+
+    processor, runner, manager = continuous_api.ContinuousBatchProcessor, model_runner.ModelRunner, continuous_api.ContinuousBatchingManager
     with _watching_lock:
         _watching.append(batches)
         if _plain:
@@ -212,6 +239,10 @@ def _watch(batches: Batches) -> None:
             (processor, "fail_all_requests", _before_left),
             (processor, "reset", _before_left),
             (runner, "run_one_warmup", functools.partial(_around, Batches.unseen)),
+            (manager, "add_request", _with_options),
+            (continuous_api.ContinuousMixin, "generate_batch", _with_the_same_options),
+            (cb_logits_processors.ContinuousBatchingLogitsProcessorList, "check_kwargs", _but_options),
+            (requests.RequestState, "to_generation_output", _with_reference),
         ):
             plain = getattr(owner, name)
             _plain.append((owner, name, plain))
@@ -224,6 +255,10 @@ def _unwatch(batches: Batches) -> None:
             return
         _watching.remove(batches)
         if not _watching:
+            for manager in _managers:  # nobody looks over options from here on, and the library fails requests for arguments that it does not know
+                with manager.input_queue.mutex:
+                    for state in manager.input_queue.queue:
+                        state.logit_processor_kwargs = _plainly(state.logit_processor_kwargs)
             for owner, name, plain in _plain:
                 setattr(owner, name, plain)
             _plain.clear()
@@ -248,3 +283,50 @@ def _before_left(plain: Callable[..., Any]) -> Callable[..., Any]:
                 batches.left(self)
 
     return left
+
+
+# ------------------------------------------------------------------ options
+# They travel among a request's arguments for logits processors, which the library keeps through forks and restarts.
+def _with_options(plain: Callable[..., Any]) -> Callable[..., Any]:
+    def add_request(self: Any, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        server = asking.get()
+        options = {**(server.given if server is not None else {}), **(input_ids.options if isinstance(input_ids, Prompt) else {})}
+        if options or given_in(kwargs):
+            _managers.add(self)
+        return plain(self, input_ids, *args, **{**options, **kwargs})
+
+    return add_request
+
+
+def _with_the_same_options(plain: Callable[..., Any]) -> Callable[..., Any]:
+    def generate_batch(self: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        options = given_in(kwargs)
+        if options:
+            own = [prompt.options if isinstance(prompt, Prompt) else {} for prompt in inputs]
+            inputs = [Prompt(prompt, **{**options, **more}) for prompt, more in zip(inputs, own, strict=True)]
+        return plain(self, inputs, *args, **_plainly(kwargs))
+
+    return generate_batch
+
+
+def _but_options(plain: Callable[..., Any]) -> Callable[..., Any]:
+    def check_kwargs(self: Any, kwargs: dict[str, Any]) -> Any:
+        return plain(self, _plainly(kwargs))
+
+    return check_kwargs
+
+
+def _with_reference(plain: Callable[..., Any]) -> Callable[..., Any]:
+    def to_generation_output(self: Any) -> Any:
+        output = plain(self)
+        if self.logit_processor_kwargs.get(REFERENCE):
+            found = [batches.reference(self.request_id) for batches in tuple(_watching)]
+            output.dmi = next((reference for reference in found if reference["observed"]), found[0] if found else None)
+        return output
+
+    return to_generation_output
+
+
+def _plainly(kwargs: dict[str, Any]) -> dict[str, Any]:
+    options = given_in(kwargs)
+    return {key: value for key, value in kwargs.items() if key not in options} if options else kwargs

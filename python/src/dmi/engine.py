@@ -63,7 +63,8 @@ class Engine:
             self.child.wait()
 
 
-_started: list[subprocess.Popen[bytes]] = []  # so that those that ended are reaped
+APART = "import os, sys; os.fork() or os.execv(sys.argv[1], sys.argv[1:])"
+"""Has a program be nobody's child: servers that end kill what descends from their processes (vLLM does), and this engine has captures to write then."""
 
 
 def binary() -> str:
@@ -220,7 +221,6 @@ def _sockets(folder: Path, read_only: bool) -> list[str]:
 
 
 def _start(folder: Path, flags: list[str], *, detached: bool) -> Engine:
-    _started[:] = [child for child in _started if child.poll() is None]
     program = binary()
     read_only = "--read-only" in flags
     command = [program, "serve", "--store", str(folder), *flags, *_sockets(folder, read_only)]
@@ -228,6 +228,8 @@ def _start(folder: Path, flags: list[str], *, detached: bool) -> Engine:
         command.append("--exit-with-stdin")
     ready_read, ready_write = os.pipe()
     command += ["--ready-fd", str(ready_write)]
+    if detached:
+        command = [sys.executable, "-I", "-S", "-c", APART, *command]
     with contextlib.ExitStack() as stack:
         stack.callback(os.close, ready_read)
         try:
@@ -254,7 +256,7 @@ def _start(folder: Path, flags: list[str], *, detached: bool) -> Engine:
                 child.stdin.close()
             raise
     if detached:
-        _started.append(child)
+        child.wait()
         return _engine(said)
     engine = _engine(said, child)
     atexit.register(engine.stop)
@@ -290,11 +292,12 @@ def ready_line(pipe: int) -> dict[str, Any] | None:
 
 def why_ended(child: subprocess.Popen[bytes], log: Any, start: int) -> str:
     """Why an engine is not ready: what it said last."""
+    late = f"it was not ready within {READY_TIMEOUT_S:g} s; see engine.log in the store"
     try:
         status = child.wait(1)
     except subprocess.TimeoutExpired:
-        return f"it was not ready within {READY_TIMEOUT_S:g} s; see engine.log in the store"
+        return late
     log.seek(start)
     lines = log.read().decode(errors="replace").strip().splitlines()
     own = [line.removeprefix("dmi: ") for line in lines if line.startswith("dmi: ")]
-    return "\n  ".join(own or lines[-8:]) or f"it ended with status {status} and said nothing"
+    return "\n  ".join(own or lines[-8:]) or (f"it ended with status {status} and said nothing" if status else late)

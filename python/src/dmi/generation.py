@@ -15,16 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmi.batching import Batches
+from dmi._abi import SPAN_CHOSEN
+from dmi.batching import LABEL, LABEL_LENGTH, Batches, told
 from dmi.hook import HookError
+from dmi.options import Options, asking, given_in, options_of
+from dmi.requests import IDS_KEPT
 from dmi.rows import Decoding, Forward, Requests, Row
 
 
 class Generation:
     """One call of `generate`: its rows, and what it is about to compute."""
 
-    def __init__(self, beams: int) -> None:
+    def __init__(self, beams: int, name: str, options: Options) -> None:
         self.beams = beams
+        self.name = name
+        """Of its request, where a server gave it one."""
+        self.options = options
         self.rows: list[Row] | None = None
         self.prompts: list[list[int] | None] = []
         self.lengths: list[int] = []
@@ -77,6 +83,7 @@ class Generations:
         self._lock = lock
         self._local = threading.local()
         self._patched: list[str] = []
+        self._named: dict[str, None] = {}
         self._installed = False
 
     def install(self) -> None:
@@ -120,8 +127,9 @@ class Generations:
         if generation.rows is None or again:
             for row in generation.rows or []:
                 self._requests.end(row.request, "finished", generation.step)
-            numbers = self._requests.begin(forward.batch, hidden=hidden)
-            generation.rows = [Row(number) for number in numbers]
+            numbers = self._begin(generation, forward.batch, hidden=hidden)
+            flags = SPAN_CHOSEN if generation.options.chosen else 0
+            generation.rows = [Row(number, flags=flags) for number in numbers]
             if again:
                 generation.slots.append(numbers)
             if not hidden:
@@ -132,6 +140,15 @@ class Generations:
                 "generating reshapes its batch, and DMI cannot follow its requests; detach for it"
             )
         return generation.rows
+
+    def _begin(self, generation: Generation, count: int, *, hidden: bool = False) -> list[int]:
+        options, name = generation.options, generation.name
+        labels = {**options.labels, **({LABEL: name[:LABEL_LENGTH]} if name else {})}
+        names = [name] if name and count == 1 and not hidden and name not in self._named else []
+        self._named.update(dict.fromkeys(names))
+        if len(self._named) > IDS_KEPT:
+            del self._named[next(iter(self._named))]
+        return self._requests.begin(count, hidden=hidden, names=names, labels=labels, tags=options.tags)
 
     def opened(self, generation: Generation, columns: int, step: int) -> None:
         """The forward's step is open; its next tokens will stand in that column of the sequences."""
@@ -150,7 +167,12 @@ class Generations:
             setting = functools.partial(_setting, self._model, given)
             self._refuse(given, setting)
             beams = int(setting("num_beams") or 1)
-            generation = Generation(beams if beams > 1 else 0)
+            server, options = asking.get(), given_in(kwargs)
+            name = server.name if server is not None else ""
+            options = {**(server.given if server is not None else {}), **options}
+            generation = Generation(beams if beams > 1 else 0, name, told(name or "of generate", options_of(options)))
+            for key in options:
+                kwargs.pop(key, None)
             bare = bool(generation.beams) and not setting("return_dict_in_generate")
             if bare:  # which slot computed what is in the dictionary only
                 kwargs["return_dict_in_generate"] = True
@@ -288,7 +310,7 @@ class Generations:
             tokens.append(
                 None if prompt is None else [*prompt, *sequence[generation.width : generation.width + len(indices)]]
             )
-        numbers = self._requests.begin(len(paths))
+        numbers = self._begin(generation, len(paths))
         for number, path, ids in zip(numbers, paths, tokens, strict=True):
             self._requests.update(number, path=path, tokens=ids)
             self._requests.end(number, "finished", generation.step)

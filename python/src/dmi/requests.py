@@ -108,6 +108,8 @@ class Requests(Sequence[str]):
         self._numbers = itertools.count()
         self._steps = itertools.count()
         self._unconfirmed = 0
+        self.found_in: dict[str, str] = {}
+        """Session and store, for a reference to a request's captures."""
 
     # -------------------------------------------------------------- a list of ids
     def __len__(self) -> int:
@@ -195,6 +197,18 @@ class Requests(Sequence[str]):
             for run in {record.run.id: record.run for record in records}.values():
                 run.batch = [record.id for record in records if record.run is run and not record.hidden]
             self._batch_numbers = list(requests)
+
+    def reference(self, label: str, value: str) -> dict[str, Any]:
+        """Where the captures of the newest request with that label are; or the reason why there are none."""
+        with self.lock:
+            for record in reversed(self._requests.values()):
+                if record.labels.get(label) == value:
+                    break
+            else:
+                return {"observed": False, "reason": "no row of the request was computed while the model was observed"}
+            if record.labels.get("dmi.capture") == "off":
+                return {"observed": False, "reason": record.labels.get("dmi.error") or "the request asked for nothing to be captured"}
+            return {"observed": True, "request": record.id, **self.found_in, label: value}
 
     # -------------------------------------------------------------- for the session
     @property

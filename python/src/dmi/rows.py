@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -33,6 +33,7 @@ class Requests(Protocol):
     def end(self, request: int, reason: str = "finished", step: int | None = None) -> None: ...
     def batch(self, requests: list[int]) -> None: ...
     def next_step(self) -> int: ...
+    def reference(self, label: str, value: str) -> dict[str, Any]: ...
 
 
 @dataclass
@@ -47,6 +48,8 @@ class Row:
     done: int = 0
     """Positions below this were computed; computing one again is another attempt."""
     attempt: int = 0
+    flags: int = 0
+    """Of its spans."""
     tokens: list[int] | None = field(default_factory=list)
     """Ids that went in; None where embeddings did."""
     told: list[int] | None = None
@@ -137,7 +140,7 @@ def spans(forward: Forward, rows: Sequence[Row], *, skip: Sequence[bool] = (), k
                     "other; pad on the left, or leave attn.hook_attn_scores and attn.hook_pattern out"
                 )
             phase = DECODE if forward.tokens == 1 and position > 0 else PREFILL
-            common = (row.key_first, row.attempt, phase, 0, 0)
+            common = (row.key_first, row.attempt, phase, row.flags, 0)
             out.append(_SPAN.pack(row.request, TOKENS, index, first, count, position, *common))
             for kept_first, column, kept_count in _kept(forward, first, count):
                 out.append(

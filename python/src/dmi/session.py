@@ -327,6 +327,7 @@ class Session:
                 time.sleep(0.05)
         self._link = link
         self.store = str(link.welcome.get("store", ""))
+        self.requests.found_in = {"session": self.id, "store": self.store}
         self.requests.send = link.send
         self.requests.crowded = self._confirm
 

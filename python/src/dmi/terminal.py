@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TextIO
 
@@ -66,8 +66,8 @@ def legend(low: float, high: float, colour: bool) -> str:
 
 
 @contextmanager
-def progress(what: str, *, after_s: float = 1.0, stream: TextIO | None = None) -> Iterator[None]:
-    """Say on stderr what is going on and for how long, once it has taken `after_s` seconds."""
+def progress(what: str, *, stage: Callable[[], str] = str, after_s: float = 1.0, stream: TextIO | None = None) -> Iterator[None]:
+    """Say on stderr what is going on and for how long, once it has taken `after_s` seconds. `stage`: how far it is by now, in words."""
     out = sys.stderr if stream is None else stream
     live = out.isatty()
     done = threading.Event()
@@ -79,8 +79,8 @@ def progress(what: str, *, after_s: float = 1.0, stream: TextIO | None = None) -
         pause = after_s
         while not done.wait(pause):
             shown = True
-            seconds = time.monotonic() - begun
-            out.write(f"\r{what} … {seconds:.0f} s\033[K" if live else f"{what} … {seconds:.0f} s\n")
+            said = f"{what} … {time.monotonic() - begun:.0f} s" + (f", {now}" if (now := stage()) else "")
+            out.write(f"\r{said}\033[K" if live else f"{said}\n")
             out.flush()
             pause = 0.5 if live else 10.0
 

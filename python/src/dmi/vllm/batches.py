@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from dmi._abi import SPAN_CACHED, SPAN_CHOSEN, SPAN_DRAFT, SPAN_REJECTED
+from dmi.options import options_of
 from dmi.requests import IDS_KEPT, Requests
 from dmi.rows import DECODE, PREFILL, SPANS
 from dmi.sites import LOGITS, TOKENS
-from dmi.vllm.options import options_of
 
 LABEL = "vllm_request"
 """Label of a request under which it has the id that vLLM's processes know it by."""
@@ -142,7 +142,7 @@ class Batches:
         embedded = getattr(data, "prompt_embeds", None)
         prompt = len(data.prompt_token_ids) if data.prompt_token_ids is not None else len(embedded) if embedded is not None else 0
         parameters = data.sampling_params
-        options = options_of(parameters)
+        options = options_of(getattr(parameters, "extra_args", None))
         if options.wrong:
             log.warning("DMI: request %s: nothing of it is captured: %s", data.req_id, options.wrong)
         labels = {**options.labels, LABEL: data.req_id[:LABEL_LENGTH]}

@@ -28,10 +28,20 @@ from dmi.store import open as open_store
 from dmi.terminal import bold, coloured, dim, progress
 
 STORE = Path("captures/demo-vllm")
+LOG = Path("captures/demo-vllm.log")
 HOOKS = "tokens blocks.*.hook_resid_post logits"
 NAME = "smollm2"
 CLIENTS = 4
-START_S = 900
+START_S = 1800
+STAGES = {  # of vLLM's log
+    "non-default args": "reading the configuration",
+    "Initializing a V1 LLM engine": "starting the worker",
+    "Starting to load model": "loading weights",
+    "Warming up model for the compilation": "compiling, which takes longest",
+    "Initial profiling/warmup run took": "warming up",
+    "Starting vLLM server": "opening the port",
+}
+"""What is told of vLLM's start, by what its log says."""
 
 KINDS: dict[str, dict[str, Any]] = {
     "everything": {},
@@ -43,29 +53,34 @@ KINDS: dict[str, dict[str, Any]] = {
 QUESTIONS = ("What is the capital of France?", "Write a short poem about the sea.", "Explain photosynthesis to a child.", "List five animals.", "What is 12 times 12?")
 
 
+def stage() -> str:
+    """How far vLLM's start is."""
+    text = LOG.read_text(errors="replace")
+    return max(STAGES.items(), key=lambda item: text.rfind(item[0]))[1] if any(said in text for said in STAGES) else "importing PyTorch and vLLM"
+
+
 @contextlib.contextmanager
 def served() -> Iterator[str]:
-    """The server's address. Its log is in the store's folder."""
+    """The server's address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    STORE.mkdir(parents=True, exist_ok=True)
-    log = STORE / "vllm.log"
+    LOG.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "dmi.vllm.serve", str(CONVERTED), "--served-model-name", NAME, "--host", "127.0.0.1", "--port", str(port),
                "--max-model-len", "1024", "--max-num-seqs", str(2 * CLIENTS), "--kv-cache-memory-bytes", str(512 << 20)]  # fmt: skip
     observe = {"DMI_HOOKS": HOOKS, "DMI_STORE": str(STORE.absolute()), "DMI_TEXT": "ids", "DMI_BIN": engines.binary()}
     print(dim(" ".join(f"{name}={value!r}" for name, value in observe.items() if name != "DMI_BIN") + " " + " ".join(command), coloured(sys.stdout)))
-    with open(log, "wb") as out:
+    with open(LOG, "wb") as out:
         server = subprocess.Popen(command, env={**os.environ, **observe}, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
     address = f"http://127.0.0.1:{port}"
     try:
-        with progress(f"starting vllm serve, a minute or two ({log})", after_s=0.1, stream=sys.stdout):
+        with progress(f"starting vllm serve ({LOG})", stage=stage, after_s=0.1, stream=sys.stdout):
             deadline = time.monotonic() + START_S
             while True:
                 with contextlib.suppress(OSError), urllib.request.urlopen(address + "/health", timeout=5):
                     break
                 if server.poll() is not None or time.monotonic() > deadline:
-                    sys.exit(f"demo: vllm serve did not start; the end of {log}:\n" + log.read_text(errors="replace")[-3000:])
+                    sys.exit(f"demo: vllm serve did not start; the end of {LOG}:\n" + LOG.read_text(errors="replace")[-3000:])
                 time.sleep(0.3)
         yield address
     finally:
@@ -156,21 +171,25 @@ def main() -> None:
         watching = subprocess.Popen(top) if sys.stdout.isatty() else None
         try:
             if watching is None:
-                with progress(f"asking, {CLIENTS} clients", after_s=0.1, stream=sys.stdout):
+                asking = f"asking, {CLIENTS} clients, {seconds:g} s and what is under way then"
+                with progress(asking, after_s=0.1, stream=sys.stdout):
                     client.join(seconds / 2)
                     subprocess.run([*top, "--once"], check=True)
+                    client.join()
             client.join()
         finally:
             if watching is not None:
                 watching.terminate()
                 watching.wait()
         if not load.ids:
-            sys.exit(f"demo: no request was answered; see {STORE / 'vllm.log'}")
+            sys.exit(f"demo: no request was answered; see {LOG}")
+        reference = load.references[-1]
+        if not reference["observed"]:
+            sys.exit(f"demo: the model was served, unobserved: {reference['reason']}; see {LOG}")
         with open_store(STORE) as store:
             store._fresh().post("/flush")
             print()
             books(store, load, colour)
-        reference = load.references[-1]
         print(f"""
 {bold("a response's reference to its captures", colour)}
   {reference}
@@ -179,10 +198,9 @@ def main() -> None:
   bin/dmi requests  --store {STORE} --tag demo
   bin/dmi ls        --store {STORE} --request {reference['request']}
   bin/dmi get       --store {STORE} --request {reference['request']} --site blocks.29.hook_resid_post --out resid29.safetensors
-  bin/dmi coverage  --store {STORE} --request {reference['request']}
-  curl -s {address}/metrics | grep dmi_vllm""")
+  bin/dmi coverage  --store {STORE} --request {reference['request']}""")
         if sys.stdout.isatty():
-            print("\nCtrl-C ends the server.")
+            print(f"  curl -s {address}/metrics | grep dmi_vllm\n\nCtrl-C ends the server; the captures stay.")
             with contextlib.suppress(KeyboardInterrupt):
                 signal.pause()
 

@@ -15,7 +15,7 @@ from dmi.requests import Requests
 from dmi.session import Session
 from dmi.vllm.batches import Asked, Batch, Batches
 from dmi.vllm.hooks import Hooks
-from dmi.vllm.settings import DIGEST, Settings
+from dmi.vllm.settings import DIGEST, KEY, Settings
 from dmi.vllm.sites import plan
 
 
@@ -115,7 +115,8 @@ def observe(runner: Any, settings: Settings) -> tuple[Session, Observer]:
 
 
 def _tell_compiler(config: Any, digest: str) -> None:
-    """vLLM keeps what it compiled, by a hash of its configuration, which hooks are no part of; `additional_config` is."""
+    """vLLM keeps what it compiled, by a hash of its configuration, which hooks are no part of; `additional_config` is. Our settings, which are read by now,
+    go out of it: compiled code does not depend on where captures go, say."""
     if not isinstance(config.additional_config, dict):
         raise HookError("additional_config is no dictionary, so that vLLM's compile cache cannot be told of hooks")
-    config.additional_config = {**config.additional_config, DIGEST: digest}
+    config.additional_config = {**{key: value for key, value in config.additional_config.items() if key != KEY}, DIGEST: digest}

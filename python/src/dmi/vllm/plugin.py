@@ -60,7 +60,7 @@ class Plugin:
         self._observer: Observer | None = None
         self._reason = "the model is not loaded yet"
         self._memory = Memory(worker, settings)
-        self._rank = int(worker.rank)
+        self._number = status.number_of(worker.vllm_config.parallel_config, int(worker.rank))
         worker.dmi_status = self.status
         worker.dmi_flush = self.flush
         self._wrap(worker, "shutdown", self._detach)
@@ -97,10 +97,10 @@ class Plugin:
     def _tell(self) -> None:
         session = self._session
         if session is None:
-            status.tell(self._rank, {"observed": False, "reason": self._reason})
+            status.tell(self._number, {"observed": False, "reason": self._reason})
         else:
             facts = {"session": session.id, "store": session.store, "sites": len(session.sites)}
-            status.tell(self._rank, {"observed": True, "reason": "", **facts, **self._memory.status()})
+            status.tell(self._number, {"observed": True, "reason": "", **facts, **self._memory.status()})
 
     def flush(self) -> bool:
         """Everything captured so far is durable. False where nothing is observed."""
@@ -202,5 +202,5 @@ def _said(error: Exception) -> str:
 
 def _unobserved(reason: str, worker: Any = None) -> None:
     if worker is not None:
-        status.tell(int(getattr(worker, "rank", 0)), {"observed": False, "reason": reason})
+        status.tell(status.number_of(worker.vllm_config.parallel_config, int(worker.rank)), {"observed": False, "reason": reason})
     log.warning("DMI: this model is served UNOBSERVED, nothing is captured: %s", reason)

@@ -36,6 +36,13 @@ def prepare() -> None:
         REGISTRY.register(_Collector())  # type: ignore[arg-type]
 
 
+def number_of(parallel: Any, rank: int = 0) -> int:
+    """A worker's number among those of all data-parallel engines, each of which counts its ranks from 0. `parallel`: vLLM's ParallelConfig."""
+    index = getattr(parallel, "data_parallel_index", None)  # the rank is reset where engines do not wait for each other
+    engine = int(getattr(parallel, "data_parallel_rank", 0) if index is None else index)
+    return engine * int(parallel.world_size) + rank
+
+
 def tell(worker: int, status: dict[str, Any]) -> None:
     """What became of a worker. Never raises: it is told on the way of failing open."""
     try:

@@ -1,5 +1,5 @@
-"""What a request says itself about its captures: keys that begin with `dmi_` in `SamplingParams.extra_args`, which is `vllm_xargs` of an OpenAI
-client's `extra_body`.
+"""What a request says itself about its captures: keys that begin with `dmi_`, wherever its server takes them: `SamplingParams.extra_args` of vLLM,
+arguments of `generate`, `generate_batch` and `add_request` of an attached Hugging Face model, an OpenAI client's `extra_body`.
 
     dmi_capture="off"                    nothing of it is captured
     dmi_sites="blocks.5.* logits"        these sites alone, as in a policy's `hooks`
@@ -12,7 +12,8 @@ nothing of it is captured then, as its client did not want everything, and the l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,12 +41,41 @@ class Options:
         return bool(self.labels)
 
 
-def options_of(parameters: Any) -> Options:
-    """Of a request's sampling parameters, which a pooling request has not."""
-    extra = getattr(parameters, "extra_args", None)
-    if not isinstance(extra, Mapping):
-        return Options()
-    given = {key: value for key, value in extra.items() if isinstance(key, str) and key.startswith(PREFIX)}
+@dataclass(frozen=True)
+class Asked:
+    """A request that a server is about to hand to a Hugging Face model, in the same context."""
+
+    name: str
+    given: Mapping[str, Any]
+
+
+asking: ContextVar[Asked | None] = ContextVar("dmi_asking", default=None)
+
+
+class Prompt(list[int]):
+    """Token ids of a prompt with options of its request, for `generate_batch` and `add_request` of an attached model:
+
+        model.generate_batch([dmi.Prompt(ids, dmi_positions="prompt[-1]"), other_ids])
+    """
+
+    def __init__(self, ids: Iterable[int], **options: Any) -> None:
+        unknown = sorted(set(options) - set(ALL))
+        if unknown:
+            raise TypeError(f"Prompt({unknown[0]}=...) is no option; there are {', '.join(ALL)}")
+        super().__init__(ids)
+        self.options = options
+
+
+def given_in(values: Any) -> dict[str, Any]:
+    """Those of a mapping's items that are options, good ones or not."""
+    if not isinstance(values, Mapping):
+        return {}
+    return {key: value for key, value in values.items() if isinstance(key, str) and key.startswith(PREFIX)}
+
+
+def options_of(extra: Any) -> Options:
+    """Of what a request says beside its prompt: a mapping, or whatever else there is instead."""
+    given = given_in(extra)
     if not given:
         return Options()
     try:
