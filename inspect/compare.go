@@ -164,8 +164,14 @@ func Compare(ctx context.Context, e *query.Engine, q CompareQuery, yield func(Co
 	if len(pairs) == 0 && len(a.Requests) > 0 {
 		return &query.Error{Code: query.NotFound, Message: "compare " + q.A + " with " + q.B + ": they have no site in common", Hint: "`dmi ls` lists the sites of each"}
 	}
+	progress := progressOf(ctx)
+	progress.begin(reading)
+	shares, err := progress.sharesOf(ctx, a, b)
+	if err != nil {
+		return err
+	}
 	return inOrder(ctx, len(pairs), func(ctx context.Context, i int) (*pairing, error) {
-		return comparePair(ctx, a, b, pairs[i], q)
+		return comparePair(ctx, a, b, pairs[i], q, shares[0][pairs[i].site], shares[1][pairs[i].siteInB])
 	}, func(_ int, p *pairing) error {
 		if p == nil {
 			return nil
@@ -203,14 +209,19 @@ func surveyOf(ctx context.Context, e *query.Engine, id string, q CompareQuery) (
 	return survey, failed
 }
 
-func comparePair(ctx context.Context, a, b *query.Survey, p pairing, q CompareQuery) (*pairing, error) {
+func comparePair(ctx context.Context, a, b *query.Survey, p pairing, q CompareQuery, shareOfA, shareOfB float64) (*pairing, error) {
 	x, err := a.Select(ctx, p.site, p.a)
-	if err != nil || x == nil {
+	if err != nil {
 		return nil, err
 	}
 	y, err := b.Select(ctx, p.siteInB, p.b)
-	if err != nil || y == nil {
+	if err != nil {
 		return nil, err
+	}
+	defer progressOf(ctx).follow(x, shareOfA)()
+	defer progressOf(ctx).follow(y, shareOfB)()
+	if x == nil || y == nil {
+		return nil, nil
 	}
 	name := a.Sites[p.site]
 	label := func(line CompareRow) CompareRow {

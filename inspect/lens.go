@@ -128,6 +128,8 @@ func Lens(ctx context.Context, e *query.Engine, q LensQuery, yield func(LensRow)
 		return err
 	}
 	left := maxCells
+	progress := progressOf(ctx)
+	progress.begin("unembedding")
 	for i, r := range survey.Requests {
 		info, err := e.Request(ctx, r.ID)
 		if err != nil {
@@ -189,7 +191,7 @@ func lensOf(ctx context.Context, e *query.Engine, survey *query.Survey, request 
 			return err
 		}
 	}
-	if err := unembed(ctx, w, cells, k); err != nil {
+	if err := unembed(ctx, w, cells, k, 1/float64(len(survey.Requests))); err != nil {
 		return err
 	}
 	texts, err := w.texts()
@@ -213,14 +215,17 @@ func lensOf(ctx context.Context, e *query.Engine, survey *query.Survey, request 
 	return nil
 }
 
-// unembed passes over the unembedding once for all cells.
-func unembed(ctx context.Context, w *weights, cells []*cell, k int) error {
+// unembed passes over the unembedding once for all cells, which is a share of the tool's work.
+func unembed(ctx context.Context, w *weights, cells []*cell, k int, share float64) error {
 	d, vocabulary := w.width(), w.vocabulary()
 	rows := max(1, unembedBlock/(d*w.unembed.dtype.Size()))
+	progress := progressOf(ctx)
 	if len(cells) == 0 {
+		progress.add(share, 0)
 		return nil
 	}
-	return inOrder(ctx, (vocabulary+rows-1)/rows, func(ctx context.Context, block int) ([]tally, error) {
+	blocks := (vocabulary + rows - 1) / rows
+	return inOrder(ctx, blocks, func(ctx context.Context, block int) ([]tally, error) {
 		if err := ctx.Err(); err != nil {
 			return nil, err
 		}
@@ -245,6 +250,7 @@ func unembed(ctx context.Context, w *weights, cells []*cell, k int) error {
 		for i, c := range cells {
 			c.merge(&tallies[i], k)
 		}
+		progress.add(share/float64(blocks), rows*d*w.unembed.dtype.Size())
 		return nil
 	})
 }

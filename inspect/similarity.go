@@ -138,6 +138,8 @@ func (s *similarity) read(ctx context.Context) error {
 	kept := 0
 	at, next := uint64(0), uint64(0)
 	var row []float64
+	progress := progressOf(ctx)
+	progress.begin(reading)
 	for r := range s.survey.Requests {
 		selections, err := s.selections(ctx, r)
 		if err != nil {
@@ -160,18 +162,25 @@ func (s *similarity) read(ctx context.Context) error {
 				}
 				at++
 			}
+			bytes := 0
+			for i := range tables {
+				bytes += len(tables[i].data)
+			}
+			progress.add(float64(n)/float64(s.total), bytes)
 			return s.addCosines(ctx, n, tables)
 		})
 		if err != nil {
 			return err
 		}
 	}
+	progress.begin("computing CKA")
 	return inOrder(ctx, sites, func(ctx context.Context, i int) (gram, error) {
 		g, err := gramOf(ctx, sampled[i])
 		sampled[i] = nil
 		return g, err
 	}, func(i int, g gram) error {
 		s.grams[i] = g
+		progress.add(1/float64(sites), 0)
 		return nil
 	})
 }

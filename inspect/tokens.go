@@ -74,6 +74,16 @@ func Tokens(ctx context.Context, e *query.Engine, q TokensQuery, yield func(Toke
 	if err != nil {
 		return err
 	}
+	progress := progressOf(ctx)
+	progress.begin(reading)
+	surveys := []*query.Survey{norms}
+	if weights != norms {
+		surveys = append(surveys, weights)
+	}
+	shares, err := progress.sharesOf(ctx, surveys...)
+	if err != nil {
+		return err
+	}
 	for i, r := range norms.Requests {
 		rows := map[int]*TokenRow{}
 		row := func(position int) *TokenRow {
@@ -82,11 +92,11 @@ func Tokens(ctx context.Context, e *query.Engine, q TokensQuery, yield func(Toke
 			}
 			return rows[position]
 		}
-		if err := addNorms(ctx, norms, i, row); err != nil {
+		if err := addNorms(ctx, norms, i, shares[0], row); err != nil {
 			return err
 		}
 		if weights != norms {
-			if err := addAttention(ctx, weights, i, k, row, func(p int) bool { return rows[p] != nil }); err != nil {
+			if err := addAttention(ctx, weights, i, shares[1], k, row, func(p int) bool { return rows[p] != nil }); err != nil {
 				return err
 			}
 		}
@@ -118,13 +128,16 @@ func Tokens(ctx context.Context, e *query.Engine, q TokensQuery, yield func(Toke
 	return nil
 }
 
-func addNorms(ctx context.Context, s *query.Survey, request int, row func(int) *TokenRow) error {
+func addNorms(ctx context.Context, s *query.Survey, request int, shares []float64, row func(int) *TokenRow) error {
 	type norm struct {
 		position uint32
 		l2       float64
 	}
 	return inOrder(ctx, len(s.Sites), func(ctx context.Context, i int) ([]norm, error) {
 		selection, err := s.Select(ctx, i, request)
+		if err == nil {
+			defer progressOf(ctx).follow(selection, shares[i])()
+		}
 		if selection == nil || err != nil {
 			return nil, err
 		}
@@ -148,7 +161,7 @@ func addNorms(ctx context.Context, s *query.Survey, request int, row func(int) *
 }
 
 // addAttention adds up the weights of a few queries at a time over every layer and head.
-func addAttention(ctx context.Context, s *query.Survey, request, k int, row func(int) *TokenRow, wanted func(int) bool) error {
+func addAttention(ctx context.Context, s *query.Survey, request int, shares []float64, k int, row func(int) *TokenRow, wanted func(int) bool) error {
 	selections := make([]*query.Selection, 0, len(s.Sites))
 	from, to := uint32(math.MaxUint32), uint32(0)
 	for i := range s.Sites {
@@ -156,6 +169,7 @@ func addAttention(ctx context.Context, s *query.Survey, request, k int, row func
 		if err != nil {
 			return err
 		}
+		defer progressOf(ctx).follow(selection, shares[i])()
 		if selection == nil || len(selection.Present()) == 0 {
 			continue
 		}

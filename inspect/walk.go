@@ -51,9 +51,17 @@ type place struct {
 // eachSelection looks at every request of every site, site by site, on all cores, and hands the results over in that order; nil where a
 // request's session lacks the site.
 func eachSelection[T any](ctx context.Context, s *query.Survey, look func(context.Context, *query.Selection) (*T, error), take func(place, *T) error) error {
-	requests := len(s.Requests)
+	requests, progress := len(s.Requests), progressOf(ctx)
+	progress.begin(reading)
+	shares, err := progress.sharesOf(ctx, s)
+	if err != nil {
+		return err
+	}
 	return inOrder(ctx, len(s.Sites)*requests, func(ctx context.Context, i int) (*T, error) {
 		selection, err := s.Select(ctx, i/requests, i%requests)
+		if err == nil {
+			defer progress.follow(selection, shares[0][i/requests])()
+		}
 		if selection == nil || err != nil {
 			return nil, err
 		}

@@ -27,6 +27,7 @@ type selection struct {
 	missing spans  // asked for, owed, not there
 	end     uint32 // positions of the request at this site
 	books   []tensor.Entry
+	watch   func(bytes int) // told of every read; may be nil
 }
 
 // choose selects the rows of a request at a site.

@@ -68,6 +68,29 @@ func (s *Survey) Select(ctx context.Context, site, request int) (*Selection, err
 	return &Selection{chosen, s.engine}, nil
 }
 
+// Bytes is what was captured at each of the sites, of all the requests together; it costs their books, not their chunks.
+func (s *Survey) Bytes(ctx context.Context) ([]uint64, error) {
+	bytes := make([]uint64, len(s.Sites))
+	for _, r := range s.Requests {
+		var sites []tensor.Site
+		for _, surveyed := range s.Sites {
+			if site, has := surveyed.in[r.Key.Session]; has {
+				sites = append(sites, site)
+			}
+		}
+		sums := map[uint32]*siteSum{}
+		if _, err := s.engine.addSums(ctx, sums, r, sites); err != nil {
+			return nil, err
+		}
+		for i, surveyed := range s.Sites {
+			if site, has := surveyed.in[r.Key.Session]; has && sums[site.ID] != nil {
+				bytes[i] += sums[site.ID].bytes
+			}
+		}
+	}
+	return bytes, nil
+}
+
 // Selection is the rows of one request at one site that a question is about, found and not yet read.
 type Selection struct {
 	*selection
@@ -85,6 +108,17 @@ func (s *Selection) Present() []Span { return slices.Clone(s.present) }
 
 // Missing counts the rows that were owed and are not there; Coverage says why.
 func (s *Selection) Missing() uint64 { return s.missing.count() }
+
+// Size is the bytes of the rows that are there, as stored.
+func (s *Selection) Size() (bytes int64) {
+	for _, r := range s.runs {
+		bytes += int64(r.Count) * int64(rowBytes(r.ref))
+	}
+	return bytes
+}
+
+// Watch has f told of every read of the selection's rows from now on, how many bytes it brought.
+func (s *Selection) Watch(f func(bytes int)) { s.watch = f }
 
 // Form is the dtype and shape of the first row, as stored: of keyed sites the last dimension counts keys. None of no rows.
 func (s *Selection) Form() (tensor.DType, []int, bool) {

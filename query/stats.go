@@ -160,6 +160,9 @@ func (s *selection) eachBlock(ctx context.Context, e *Engine, blockBytes int, yi
 			if err := s.read(e, r, from, from+n, block); err != nil {
 				return err
 			}
+			if s.watch != nil {
+				s.watch(len(block))
+			}
 			if err := yield(r.First+done, int(n), r, block); err != nil {
 				return err
 			}

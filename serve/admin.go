@@ -68,7 +68,7 @@ type verifyAnswer struct {
 }
 
 func (s *Server) verify(w *writer, c *call) error {
-	stream, err := s.openEventStream(w)
+	stream, err := openEventStream(w)
 	if err != nil {
 		return err
 	}
@@ -91,7 +91,7 @@ func (s *Server) verify(w *writer, c *call) error {
 		answer = verifyAnswer{OK: len(report.Problems) == 0, Report: report}
 		answer.Books, err = c.query.Coverage(ctx, query.CoverageQuery{})
 	}
-	return s.endStream(w, c, stream, answer, err)
+	return endStream(w, c, stream, answer, err)
 }
 
 // healthz says that the process answers; readyz that it can do its work.

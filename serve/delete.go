@@ -37,7 +37,7 @@ func (s *Server) delete(w *writer, c *call) error {
 	if err != nil {
 		return err
 	}
-	stream, err := s.openEventStream(w)
+	stream, err := openEventStream(w)
 	if err != nil {
 		return err
 	}
@@ -51,7 +51,7 @@ func (s *Server) delete(w *writer, c *call) error {
 			cancel()
 		}
 	})
-	return s.endStream(w, c, stream, deleted, err)
+	return endStream(w, c, stream, deleted, err)
 }
 
 // named finds the requests that a deletion names, hidden ones too. An id that several sessions used names all of them; one that nobody used is an error.
@@ -87,7 +87,7 @@ func (s *Server) named(ids []string, tag string, before int64) ([]tensor.Request
 }
 
 // endStream ends a stream of progress with its result or what went wrong: the answer has begun, so the failure is an event too.
-func (s *Server) endStream(w *writer, c *call, stream *eventStream, result any, err error) error {
+func endStream(w *writer, c *call, stream *eventStream, result any, err error) error {
 	if err == nil {
 		if err = stream.send("result", "", result); err == nil {
 			return w.flush()

@@ -2,12 +2,15 @@ package serve
 
 import (
 	"bufio"
+	"context"
 	"encoding/json"
 	"io"
 	"math"
 	"net/http"
 	"path/filepath"
 	"strconv"
+	"strings"
+	"sync"
 	"time"
 
 	"dmi/inspect"
@@ -31,8 +34,11 @@ func (s *Server) inspections(get func(string, Scope, func(*writer, *call) error,
 	}
 }
 
-// streamList writes a list's items as each gives them, so that a long inspection shows what it has found so far.
-func streamList[T any](w *writer, c *call, each func(yield func(T) error) error) error {
+// streamList writes a list's items as each gives them, so that a long inspection shows what it has found so far. Who takes Server-Sent Events is told how far it has come as well.
+func streamList[T any](w *writer, c *call, each func(ctx context.Context, yield func(T) error) error) error {
+	if strings.Contains(c.Header.Get("Accept"), "text/event-stream") {
+		return listEvents(w, c, each)
+	}
 	w.Header().Set("Content-Type", "application/json")
 	if c.Method == http.MethodHead {
 		w.WriteHeader(http.StatusOK)
@@ -41,14 +47,14 @@ func streamList[T any](w *writer, c *call, each func(yield func(T) error) error)
 	out := bufio.NewWriter(w)
 	sent := time.Now()
 	separator := `{"items":[` + "\n"
-	err := each(func(item T) error {
+	err := each(c.Context(), func(item T) error {
 		line, err := json.Marshal(item)
 		if err != nil {
 			return err
 		}
 		_, _ = io.WriteString(out, separator)
 		separator = ",\n"
-		if _, err := out.Write(line); err != nil || time.Since(sent) < 200*time.Millisecond {
+		if _, err := out.Write(line); err != nil || time.Since(sent) < tellEvery {
 			return err
 		}
 		sent = time.Now()
@@ -65,6 +71,104 @@ func streamList[T any](w *writer, c *call, each func(yield func(T) error) error)
 	}
 	_, _ = io.WriteString(out, "\n],\"next\":null}\n")
 	return out.Flush()
+}
+
+const (
+	tellEvery  = 200 * time.Millisecond
+	mostUntold = 64 << 10 // bytes of items that wait for the next event
+)
+
+type listEnd struct {
+	Items uint64 `json:"items"`
+}
+
+// listEvents sends a list as events: `progress` from time to time, `items` with those found since, `result` in the end. What goes wrong before the first of them is an answer of its own.
+func listEvents[T any](w *writer, c *call, each func(ctx context.Context, yield func(T) error) error) error {
+	if c.Method == http.MethodHead {
+		w.Header().Set("Content-Type", "text/event-stream")
+		w.WriteHeader(http.StatusOK)
+		return nil
+	}
+	ctx, cancel := context.WithCancelCause(c.Context())
+	defer cancel(nil)
+	progress := &inspect.Progress{}
+	var (
+		mu     sync.Mutex // of the answer: the tool's items and the ticks take turns
+		stream *eventStream
+		items  []json.RawMessage
+		untold int // bytes of items
+		found  uint64
+	)
+	tell := func() error {
+		if stream == nil {
+			var err error
+			if stream, err = openEventStream(w); err != nil {
+				return err
+			}
+		}
+		if len(items) == 0 {
+			return nil
+		}
+		err := stream.send("items", "", items)
+		items, untold = items[:0], 0
+		return err
+	}
+	var ticking sync.WaitGroup
+	over := make(chan struct{})
+	stop := sync.OnceFunc(func() { close(over); ticking.Wait() })
+	defer stop() // where the tool panics: nobody writes to an answer that has ended
+	ticking.Go(func() {
+		ticks := time.NewTicker(tellEvery)
+		defer ticks.Stop()
+		for {
+			select {
+			case <-over:
+				return
+			case <-ticks.C:
+			}
+			mu.Lock()
+			err := tell()
+			if err == nil {
+				err = stream.send("progress", "", progress.State())
+			}
+			if err == nil {
+				err = w.flush()
+			}
+			mu.Unlock()
+			if err != nil {
+				cancel(err) // the reader has gone: the tool need not go on
+				return
+			}
+		}
+	})
+	err := each(inspect.WithProgress(ctx, progress), func(item T) error {
+		line, err := json.Marshal(item)
+		if err != nil {
+			return err
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		found++
+		items, untold = append(items, line), untold+len(line)
+		if untold < mostUntold {
+			return nil
+		}
+		return tell()
+	})
+	stop()
+	if err != nil {
+		if cause := context.Cause(ctx); cause != nil {
+			return cause
+		}
+		if stream == nil {
+			return err
+		}
+		return endStream(w, c, stream, nil, err)
+	}
+	if err := tell(); err != nil {
+		return err
+	}
+	return endStream(w, c, stream, listEnd{found}, nil)
 }
 
 // fraction is a number from just above 0 to most; 0 where it is not given.
@@ -93,7 +197,9 @@ func (s *Server) inspectStats(w *writer, c *call) error {
 	if c.err != nil {
 		return c.err
 	}
-	return streamList(w, c, func(yield func(inspect.StatsRow) error) error { return inspect.Stats(c.Context(), c.query, q, yield) })
+	return streamList(w, c, func(ctx context.Context, yield func(inspect.StatsRow) error) error {
+		return inspect.Stats(ctx, c.query, q, yield)
+	})
 }
 
 func (s *Server) inspectHeads(w *writer, c *call) error {
@@ -101,7 +207,9 @@ func (s *Server) inspectHeads(w *writer, c *call) error {
 	if c.err != nil {
 		return c.err
 	}
-	return streamList(w, c, func(yield func(inspect.HeadRow) error) error { return inspect.Heads(c.Context(), c.query, q, yield) })
+	return streamList(w, c, func(ctx context.Context, yield func(inspect.HeadRow) error) error {
+		return inspect.Heads(ctx, c.query, q, yield)
+	})
 }
 
 func (s *Server) inspectTokens(w *writer, c *call) error {
@@ -109,7 +217,9 @@ func (s *Server) inspectTokens(w *writer, c *call) error {
 	if c.err != nil {
 		return c.err
 	}
-	return streamList(w, c, func(yield func(inspect.TokenRow) error) error { return inspect.Tokens(c.Context(), c.query, q, yield) })
+	return streamList(w, c, func(ctx context.Context, yield func(inspect.TokenRow) error) error {
+		return inspect.Tokens(ctx, c.query, q, yield)
+	})
 }
 
 func (s *Server) inspectOutliers(w *writer, c *call) error {
@@ -118,8 +228,8 @@ func (s *Server) inspectOutliers(w *writer, c *call) error {
 	if c.err != nil {
 		return c.err
 	}
-	return streamList(w, c, func(yield func(inspect.OutlierRow) error) error {
-		return inspect.Outliers(c.Context(), c.query, q, yield)
+	return streamList(w, c, func(ctx context.Context, yield func(inspect.OutlierRow) error) error {
+		return inspect.Outliers(ctx, c.query, q, yield)
 	})
 }
 
@@ -128,7 +238,9 @@ func (s *Server) inspectRouter(w *writer, c *call) error {
 	if c.err != nil {
 		return c.err
 	}
-	return streamList(w, c, func(yield func(inspect.RouterRow) error) error { return inspect.Router(c.Context(), c.query, q, yield) })
+	return streamList(w, c, func(ctx context.Context, yield func(inspect.RouterRow) error) error {
+		return inspect.Router(ctx, c.query, q, yield)
+	})
 }
 
 func (s *Server) inspectSimilarity(w *writer, c *call) error {
@@ -136,8 +248,8 @@ func (s *Server) inspectSimilarity(w *writer, c *call) error {
 	if c.err != nil {
 		return c.err
 	}
-	return streamList(w, c, func(yield func(inspect.SimilarityRow) error) error {
-		return inspect.Similarity(c.Context(), c.query, q, yield)
+	return streamList(w, c, func(ctx context.Context, yield func(inspect.SimilarityRow) error) error {
+		return inspect.Similarity(ctx, c.query, q, yield)
 	})
 }
 
@@ -155,8 +267,8 @@ func (s *Server) inspectCompare(w *writer, c *call) error {
 	if c.err != nil {
 		return c.err
 	}
-	return streamList(w, c, func(yield func(inspect.CompareRow) error) error {
-		return inspect.Compare(c.Context(), c.query, q, yield)
+	return streamList(w, c, func(ctx context.Context, yield func(inspect.CompareRow) error) error {
+		return inspect.Compare(ctx, c.query, q, yield)
 	})
 }
 
@@ -166,5 +278,7 @@ func (s *Server) inspectLens(w *writer, c *call) error {
 	if c.err != nil {
 		return c.err
 	}
-	return streamList(w, c, func(yield func(inspect.LensRow) error) error { return inspect.Lens(c.Context(), c.query, q, yield) })
+	return streamList(w, c, func(ctx context.Context, yield func(inspect.LensRow) error) error {
+		return inspect.Lens(ctx, c.query, q, yield)
+	})
 }

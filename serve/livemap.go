@@ -249,7 +249,7 @@ func (s *Server) liveMap(w *writer, c *call) error {
 		return err
 	}
 	defer leave()
-	stream, err := s.openEventStream(w)
+	stream, err := openEventStream(w)
 	if err != nil {
 		return err
 	}

@@ -22,7 +22,7 @@ type eventStream struct {
 	w *writer
 }
 
-func (s *Server) openEventStream(w *writer) (*eventStream, error) {
+func openEventStream(w *writer) (*eventStream, error) {
 	w.Header().Set("Content-Type", "text/event-stream")
 	w.Header().Set("X-Accel-Buffering", "no") // proxies
 	w.WriteHeader(http.StatusOK)
@@ -106,7 +106,7 @@ func (s *Server) liveStats(w *writer, c *call) error {
 		return err
 	}
 	defer subscription.Close()
-	stream, err := s.openEventStream(w)
+	stream, err := openEventStream(w)
 	if err != nil {
 		return err
 	}
@@ -170,7 +170,7 @@ func (s *Server) liveEvents(w *writer, c *call) error {
 		return err
 	}
 	defer events.Close()
-	stream, err := s.openEventStream(w)
+	stream, err := openEventStream(w)
 	if err != nil {
 		return err
 	}

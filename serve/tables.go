@@ -1,6 +1,7 @@
 package serve
 
 import (
+	"context"
 	"net/http"
 
 	"dmi/query"
@@ -58,7 +59,7 @@ func (s *Server) top(w *writer, c *call) error {
 	if c.err != nil {
 		return c.err
 	}
-	return streamList(w, c, func(yield func(query.TopRow) error) error { return c.query.Top(c.Context(), q, yield) })
+	return streamList(w, c, func(ctx context.Context, yield func(query.TopRow) error) error { return c.query.Top(ctx, q, yield) })
 }
 
 func (s *Server) topKeys(w *writer, c *call) error {

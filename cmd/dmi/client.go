@@ -145,11 +145,11 @@ func (e *answerError) Error() string {
 
 // do sends a request; the caller closes the answer's body. Anything but success is an *answerError.
 func (r *reader) do(ctx context.Context, method, path string, arguments url.Values) (*http.Response, error) {
-	return r.send(ctx, method, path, arguments, nil)
+	return r.send(ctx, method, path, arguments, nil, "")
 }
 
-// send is do with a body.
-func (r *reader) send(ctx context.Context, method, path string, arguments url.Values, body []byte) (*http.Response, error) {
+// send is do with a body, or for an answer of a type.
+func (r *reader) send(ctx context.Context, method, path string, arguments url.Values, body []byte, accept string) (*http.Response, error) {
 	address := r.base + "/v1" + path
 	if len(arguments) > 0 {
 		address += "?" + arguments.Encode()
@@ -160,6 +160,9 @@ func (r *reader) send(ctx context.Context, method, path string, arguments url.Va
 	}
 	if r.token != "" {
 		request.Header.Set("Authorization", "Bearer "+r.token)
+	}
+	if accept != "" {
+		request.Header.Set("Accept", accept)
 	}
 	answer, err := r.http.Do(request)
 	if err != nil {
@@ -261,7 +264,7 @@ const maxEventBytes = 64 << 20
 
 // events reads Server-Sent Events until the stream ends.
 func (r *reader) events(ctx context.Context, method, path string, arguments url.Values, yield func(name string, data []byte) error) error {
-	answer, err := r.do(ctx, method, path, arguments)
+	answer, err := r.send(ctx, method, path, arguments, nil, "text/event-stream")
 	if err != nil {
 		return err
 	}

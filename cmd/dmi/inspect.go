@@ -1,11 +1,13 @@
 package main
 
 import (
+	"encoding/json"
 	"fmt"
+	"io"
+	"net/http"
 	"net/url"
 	"strconv"
 	"strings"
-	"sync/atomic"
 	"time"
 
 	"dmi/inspect"
@@ -62,42 +64,70 @@ func (t tool[T]) command(o *options) *cobra.Command {
 	return c
 }
 
-// printTool prints what a tool finds, and that it is still looking.
+// printTool prints what a tool finds, and on a terminal how far it has come.
 func printTool[T any](c *cobra.Command, o *options, r *reader, name string, v url.Values, head []string, row func(T) []string) error {
-	var lines atomic.Int64
-	defer sayProgress(c, name, &lines)()
-	return printList(c, o, r, "/inspect/"+name, v, 0, head, func(line T) []string {
-		lines.Add(1)
-		return row(line)
+	said := waiting{out: c.ErrOrStderr(), begun: time.Now()}
+	defer said.clear()
+	return printItems(c, o, 0, head, row, func(yield func(json.RawMessage) error) error {
+		ended := false
+		err := r.events(c.Context(), http.MethodGet, "/inspect/"+name, v, func(event string, data []byte) error {
+			switch event {
+			case "progress":
+				var p inspect.State
+				if err := json.Unmarshal(data, &p); err != nil {
+					return err
+				}
+				said.say(name, p)
+			case "items":
+				var items []json.RawMessage
+				if err := json.Unmarshal(data, &items); err != nil {
+					return err
+				}
+				said.clear()
+				for _, item := range items {
+					if err := yield(item); err != nil {
+						return err
+					}
+				}
+				said.lines += len(items)
+			case "error":
+				failed := &answerError{}
+				if err := json.Unmarshal(data, &failed.Body); err != nil {
+					return err
+				}
+				return failed
+			case "result":
+				ended = true
+			}
+			return nil
+		})
+		if err == nil && !ended {
+			err = fmt.Errorf("inspect %s: the engine ended before it was done; run it again", name)
+		}
+		return err
 	})
 }
 
-// sayProgress tells, on a terminal and after a second, that work goes on; the function that it returns ends that.
-func sayProgress(c *cobra.Command, what string, lines *atomic.Int64) func() {
-	if !isTerminal(c.ErrOrStderr()) {
-		return func() {}
+// waiting is a line on a terminal that says, after a second, how far work has come.
+type waiting struct {
+	out   io.Writer
+	begun time.Time
+	lines int // that have come
+	stood bool
+}
+
+func (w *waiting) say(what string, p inspect.State) {
+	if took := time.Since(w.begun); took >= time.Second && isTerminal(w.out) {
+		w.stood = true
+		fmt.Fprintf(w.out, "\r%s: %s, %d %% (%s), %d s, %s lines so far\x1b[K", what, p.Stage, int(100*p.Share), humanBytes(p.Bytes), int(took.Seconds()), humanCount(w.lines))
 	}
-	stop, stopped := make(chan struct{}), make(chan struct{})
-	go func() {
-		defer close(stopped)
-		begun := time.Now()
-		ticks := time.NewTicker(time.Second)
-		defer ticks.Stop()
-		said := false
-		for {
-			select {
-			case <-ticks.C:
-				said = true
-				fmt.Fprintf(c.ErrOrStderr(), "\r%s: %d s, %d lines so far", what, int(time.Since(begun).Seconds()), lines.Load())
-			case <-stop:
-				if said {
-					fmt.Fprint(c.ErrOrStderr(), "\r\x1b[K")
-				}
-				return
-			}
-		}
-	}()
-	return func() { close(stop); <-stopped }
+}
+
+func (w *waiting) clear() {
+	if w.stood {
+		w.stood = false
+		fmt.Fprint(w.out, "\r\x1b[K")
+	}
 }
 
 func figure(n inspect.Number) string {

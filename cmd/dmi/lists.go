@@ -81,11 +81,16 @@ func (s *selection) latest(c *cobra.Command, r *reader) error {
 
 // printList prints a list as a table, or as a JSON array.
 func printList[T any](c *cobra.Command, o *options, r *reader, path string, arguments url.Values, limit int, head []string, row func(T) []string) error {
+	return printItems(c, o, limit, head, row, func(yield func(json.RawMessage) error) error { return r.list(c.Context(), path, arguments, yield) })
+}
+
+// printItems prints what each gives it, as printList does.
+func printItems[T any](c *cobra.Command, o *options, limit int, head []string, row func(T) []string, each func(yield func(json.RawMessage) error) error) error {
 	printed := 0
 	separator := "[\n  "
 	t := newTable(c.OutOrStdout(), head...)
 	stop := fmt.Errorf("enough")
-	err := r.list(c.Context(), path, arguments, func(item json.RawMessage) error {
+	err := each(func(item json.RawMessage) error {
 		if limit > 0 && printed == limit {
 			return stop
 		}

@@ -138,7 +138,7 @@ func policyBrake(o *options, name, short string) *cobra.Command {
 }
 
 func changePolicy(ctx context.Context, o *options, out io.Writer, r *reader, method, path string, body []byte) error {
-	answer, err := r.send(ctx, method, path, nil, body)
+	answer, err := r.send(ctx, method, path, nil, body, "")
 	if err != nil {
 		return err
 	}

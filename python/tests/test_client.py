@@ -17,6 +17,13 @@ import torch
 import dmi
 from dmi.client import Client
 
+FAR = {"stage": "reading", "share": 0.5, "bytes": 7}
+EVENTS: dict[str, list[tuple[str, Any]]] = {
+    "found": [("progress", FAR), ("items", [{"n": 1}, {"n": 2}]), ("progress", FAR), ("items", [{"n": 3}]), ("result", {"items": 3})],
+    "failed": [("items", [{"n": 1}]), ("error", {"code": "io", "message": "the disk", "hint": "see it"})],
+    "ended": [("items", [{"n": 1}])],
+}
+
 
 class Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     daemon_threads = True
@@ -53,6 +60,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
         elif name == "once":  # closes the connection after the answer, without saying so
             self.close_connection = True
+        elif name in EVENTS:
+            assert self.headers["Accept"] == "text/event-stream"
+            body = "".join(f"event: {event}\ndata: {json.dumps(data)}\n\n" for event, data in EVENTS[name]).encode()
         elif name in ("409", "404", "400", "503"):
             status = int(name)
             body = json.dumps({"error": {"code": "c", "message": "the message", "hint": "the hint"}, "coverage": {"rows": 3}}).encode()
@@ -127,6 +137,20 @@ def test_errors(server: Server) -> None:
     with pytest.raises(dmi.EngineError, match="7 of 24 bytes"):
         client.tensor("/cut", {})
     assert client.get("/x") == {}
+
+
+def test_lists_that_take_a_while(server: Server) -> None:
+    client = client_of(server)
+    far: list[Any] = []
+    assert client.found("/found", {}, far.append) == [{"n": 1}, {"n": 2}, {"n": 3}]
+    assert far == [FAR, FAR]
+    with pytest.raises(dmi.EngineError, match="the disk; see it") as failed:
+        client.found("/failed", {}, far.append)
+    assert failed.value.code == "io"
+    with pytest.raises(dmi.EngineError, match="before it was done"):
+        client.found("/ended", {}, far.append)
+    with pytest.raises(dmi.NotCapturedError, match="the message"):
+        client.found("/404", {}, far.append)
 
 
 def test_an_engine_that_moved(server: Server, tmp_path: Path) -> None:

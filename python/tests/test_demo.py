@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
@@ -71,6 +73,27 @@ def test_demo(tmp_path: Path) -> None:
         ran = subprocess.run(shlex.split(command), cwd=tmp_path, capture_output=True, text=True, timeout=60)
         assert ran.returncode == 0, (command, ran.stderr)
     assert (tmp_path / "resid5.safetensors").stat().st_size > 44 * 576 * 4
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress() -> None:
+    said = Terminal()
+    far = ""
+    with terminal.progress("work", stage=lambda: far, after_s=0.0, stream=said):
+        far = "reading 37 %"
+        deadline = time.monotonic() + 30
+        while ", reading 37 %" not in said.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert re.search(r"\rwork … \d+ s, reading 37 %", said.getvalue())
+    assert re.search(r"\rwork: [0-9.]+ s\033\[K\n$", said.getvalue()), said.getvalue()
+    quick = io.StringIO()
+    with terminal.progress("work", stage=lambda: far, after_s=60.0, stream=quick):
+        pass
+    assert quick.getvalue() == ""
 
 
 def test_heat_maps() -> None:

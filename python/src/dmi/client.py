@@ -104,7 +104,24 @@ class Client:
 
     def work(self, path: str, arguments: Arguments) -> Any:
         """The result of work that takes a while, and tells how far it is. Raises EngineError where it fails on the way."""
-        with self._ask("POST", path, arguments) as response:
+        for name, said in self._events("POST", path, arguments):
+            if name == "result":
+                return said
+        raise AssertionError("unreachable")
+
+    def found(self, path: str, arguments: Arguments, tell: Callable[[dict[str, Any]], None]) -> list[dict[str, Any]]:
+        """The items of a list that takes a while to find, however long that is; `tell` hears how far the engine has come: `stage, share, bytes`."""
+        items: list[dict[str, Any]] = []
+        for name, said in self._events("GET", path, arguments):
+            if name == "items":
+                items += said
+            elif name == "progress":
+                tell(said)
+        return items
+
+    def _events(self, method: str, path: str, arguments: Arguments) -> Iterator[tuple[str, Any]]:
+        """Events up to the result, and that. Raises EngineError where the work fails on the way."""
+        with self._ask(method, path, arguments, accept="text/event-stream") as response:
             name = ""
             for line in response:
                 field, _, value = line.decode().rstrip("\n").partition(": ")
@@ -112,12 +129,14 @@ class Client:
                     name = value
                 elif field == "data":
                     said = json.loads(value)
-                    if name == "result":
-                        response.read()
-                        return said
                     if name == "error":
                         raise EngineError(said["message"] + (f"; {said['hint']}" if said["hint"] else ""), code=said["code"])
-        raise EngineError(f"POST {path}: the engine ended before it was done; ask again", code="unreachable")
+                    if name == "result":
+                        response.read()
+                        yield name, said
+                        return
+                    yield name, said
+        raise EngineError(f"{method} {path}: the engine ended before it was done; ask again", code="unreachable")
 
     def put(self, path: str, body: bytes) -> Any:
         with self._ask("PUT", path, {}, body) as response:
@@ -158,14 +177,14 @@ class Client:
 
     # -------------------------------------------------------------- transport
     @contextlib.contextmanager
-    def _ask(self, method: str, path: str, arguments: Arguments, body: bytes | None = None) -> Iterator[http.client.HTTPResponse]:
+    def _ask(self, method: str, path: str, arguments: Arguments, body: bytes | None = None, accept: str | None = None) -> Iterator[http.client.HTTPResponse]:
         given: list[tuple[str, str]] = []
         for name, value in arguments.items():
             for item in value if isinstance(value, Sequence) and not isinstance(value, str) else [value]:
                 if item is not None:
                     given.append((name, str(item).lower() if isinstance(item, bool) else str(item)))
         target = "/v1" + path + ("?" + urlencode(given) if given else "")
-        connection, response = self._send(method, target, body)
+        connection, response = self._send(method, target, body, accept)
         if method == "HEAD" and response.status >= 300:  # what went wrong is in the body that HEAD leaves out
             connection.close()
             connection, response = self._send("GET", target)
@@ -188,9 +207,11 @@ class Client:
                 return
         connection.close()
 
-    def _send(self, method: str, target: str, body: bytes | None = None) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
+    def _send(self, method: str, target: str, body: bytes | None = None, accept: str | None = None) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
         """Every question may be asked again, so an idle connection that has died, or an engine that has gone, costs another attempt."""
         headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
+        if accept is not None:
+            headers["Accept"] = accept
         attempts = 3
         for attempt in range(attempts):
             address, connection = self._connection(fresh=attempt > 0)

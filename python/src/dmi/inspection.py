@@ -12,6 +12,7 @@ from dmi import lens as lenses
 from dmi.cache import Key, Range, _key, _range
 from dmi.client import Client
 from dmi.errors import NotCapturedError
+from dmi.terminal import progress, size
 
 Requests = str | Sequence[str] | None
 Rows = list[dict[str, Any]]
@@ -36,7 +37,7 @@ class Inspector:
                 if not latest:
                     raise NotCapturedError(f"inspect.{tool}: the store has no requests yet; attach a model and run it")
                 run = latest[0]["run"]
-        return list(client.list(f"/inspect/{tool}", {"request": request, "run": run, "session": session, **arguments}))
+        return _found(client, tool, {"request": request, "run": run, "session": session, **arguments})
 
     def stats(self, site: Key | None = None, *, tokens: Range = None, per: str = "site", request: Requests = None, run: str | None = None,
               session: str | None = None) -> Rows:  # fmt: skip
@@ -85,8 +86,7 @@ class Inspector:
         """Where two requests part, or the requests of two runs, in pairs: `a, b, site, layer, position, rows, differ, first, max_abs, relative, cosine,
         mismatched, missing`, per "site" or per "row"."""
         name, layer = _key(site) if site is not None else (None, None)
-        return list(self._client().list("/inspect/compare", {"a": a, "b": b, "site": name, "layer": layer, "tokens": _range("tokens", tokens), "per": per,
-                                                             "tolerance": tolerance}))  # fmt: skip
+        return _found(self._client(), "compare", {"a": a, "b": b, "site": name, "layer": layer, "tokens": _range("tokens", tokens), "per": per, "tolerance": tolerance})
 
     def lens(self, site: Key | None = None, *, tokens: Range = None, k: int = 5, tokenizer: Any = None, request: Requests = None, run: str | None = None,
              session: str | None = None) -> Rows:  # fmt: skip
@@ -113,6 +113,13 @@ class Inspector:
             known = [info["id"] for info in client.list("/sessions")]
             session = next((one for one in reversed(known) if (store / lenses.FOLDER / f"{one}.json").exists()), known[-1] if known else "none")
         return lenses.load(store, session)
+
+
+def _found(client: Client, tool: str, arguments: dict[str, Any]) -> Rows:
+    """What a tool finds; where it takes more than a second, how far it is is said on the way."""
+    far: dict[str, Any] = {}
+    with progress(f"inspect.{tool}", stage=lambda: f"{far['stage']} {100 * far['share']:.0f} % ({size(far['bytes'])})" if far else ""):
+        return client.found(f"/inspect/{tool}", arguments, far.update)
 
 
 class SessionInspector(Inspector):
