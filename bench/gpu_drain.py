@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """How fast captures leave the GPU: a graph that captures far more than anything could drain, against the copy engine alone.
 
-    python bench/gpu_drain.py [--rings 256,1024] [--steps 60] [--save bench/results]
+    python bench/gpu_drain.py [--rings 256,1024] [--steps 400] [--save bench/results]
 
-A graph captures 8 tensors of 16 MiB a step, between matrix products, in complete mode: the model is then as fast as what it captures is
+A graph captures 32 tensors of 4 MiB a step, between matrix products, in complete mode: the model is then as fast as what it captures is
 drained. The sink is bench/sink in its own process: every byte crosses PCIe, is sliced by request, checksummed and counted. The clock stops when
 all of it has been. The copy engine alone: device to page-locked memory, 256 MiB at a time, in the same run.
 """
@@ -22,7 +22,7 @@ from gpu_model import save, sink, timed
 
 import dmi
 
-TENSORS, ROWS, WIDTH = 8, 4096, 2048  # bf16: 16 MiB each
+TENSORS, ROWS, WIDTH = 32, 1024, 2048  # bf16: 4 MiB each
 
 
 class Wide(torch.nn.Module):
@@ -87,7 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rings", default="256,1024")
     parser.add_argument("--requests", default="1,256")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--save", metavar="FOLDER")
     parser.add_argument("--commit", default="")
     arguments = parser.parse_args()

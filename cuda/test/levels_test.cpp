@@ -211,7 +211,7 @@ struct Everywhere {
     constexpr size_t kRegion = 1 << 30;
     static std::byte* region = nullptr;
     static size_t used = 0;
-    if (region == nullptr) check_cuda(cudaMallocManaged(reinterpret_cast<void**>(&region), kRegion));
+    if (region == nullptr) check_cuda(cudaHostAlloc(reinterpret_cast<void**>(&region), kRegion, cudaHostAllocMapped));
     const size_t at = used;
     used += (n * sizeof(T) + 255) / 256 * 256;
     CHECK(used <= kRegion);
