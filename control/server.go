@@ -68,6 +68,8 @@ type Options struct {
 	QueueBatches int           // between drain and pipeline (16)
 	Recorder     Recorder      // nil: no tapes
 	Gates        Gates         // in force from the start
+	// Memory is what producers may have together; nil: as much as they like.
+	Memory func() Memory
 	// Rules are those of a session in a mode; nil: everything that comes is kept.
 	Rules func(session uint32, mode string) pipeline.Rules
 }
@@ -108,12 +110,13 @@ type Server struct {
 	sessions map[string]*session // by id, from admission to their very end
 	entering int                 // connections that have not said hello
 	gates    Gates
+	taken    map[*session]Memory // by those attached
 }
 
 // New makes a server.
 func New(o Options) *Server {
 	HoldHeap()
-	return &Server{options: o.withDefaults(), sessions: map[string]*session{}, gates: o.Gates}
+	return &Server{options: o.withDefaults(), sessions: map[string]*session{}, gates: o.Gates, taken: map[*session]Memory{}}
 }
 
 // Serve admits producers until ctx ends, then drains and ends every session, closes the listener, and returns.
@@ -174,7 +177,9 @@ func (s *Server) attend(ctx context.Context, conn *net.UnixConn) {
 		out.refuse(err)
 		return
 	}
-	session.run(ctx)
+	if session != nil {
+		session.run(ctx)
+	}
 }
 
 func (s *Server) enter(by int) bool {
@@ -187,7 +192,7 @@ func (s *Server) enter(by int) bool {
 	return true
 }
 
-// admit reads hello and makes a session of it.
+// admit reads hello and makes a session of it. None of who only asks for what memory it may have.
 func (s *Server) admit(ctx context.Context, conn *net.UnixConn, out *outbox) (*session, error) {
 	if !s.enter(1) {
 		return nil, refuse("limit", "too many connections wait to say hello")
@@ -209,6 +214,9 @@ func (s *Server) admit(ctx context.Context, conn *net.UnixConn, out *outbox) (*s
 	if err != nil {
 		return nil, err
 	}
+	if kind == "memory" {
+		return nil, s.tellMemory(body, out)
+	}
 	if kind != "hello" {
 		return nil, refuse("protocol", "the first message is %.64q; it must be hello", kind)
 	}
@@ -228,8 +236,8 @@ func (s *Server) admit(ctx context.Context, conn *net.UnixConn, out *outbox) (*s
 	if err := hello.check(); err != nil {
 		return nil, err
 	}
-	if want := s.options.Token; want != "" && subtle.ConstantTimeCompare([]byte(want), []byte(hello.Token)) != 1 {
-		return nil, refuse("token", "the token is not this engine's; it is in the file `token` in the store's folder")
+	if err := s.admits(hello.Token); err != nil {
+		return nil, err
 	}
 	if len(fds) != helloFDs {
 		return nil, refuse("ring", "hello came with %d descriptors; the memfd and two eventfds are needed", len(fds))
@@ -239,6 +247,13 @@ func (s *Server) admit(ctx context.Context, conn *net.UnixConn, out *outbox) (*s
 		fds = nil // the session's
 	}
 	return session, err
+}
+
+func (s *Server) admits(token string) error {
+	if want := s.options.Token; want != "" && subtle.ConstantTimeCompare([]byte(want), []byte(token)) != 1 {
+		return refuse("token", "the token is not this engine's; it is in the file `token` in the store's folder")
+	}
+	return nil
 }
 
 // claim puts a session on the list, or says why it cannot be. A producer that comes back while its old connection is not yet given up has that
@@ -276,6 +291,7 @@ func (s *Server) forget(own *session) {
 	if s.sessions[own.id] == own {
 		delete(s.sessions, own.id)
 	}
+	delete(s.taken, own)
 	s.mu.Unlock()
 	close(own.gone)
 }

@@ -88,6 +88,10 @@ func (x *session) prepare(body []byte, fds []int) (err error) {
 	case (header.Mode == ring.ModeComplete) != (x.hello.Mode == "complete"):
 		return refuse("ring", "hello.mode is %s, and header.mode %d", x.hello.Mode, header.Mode)
 	}
+	if err = x.server.take(x, header); err != nil {
+		x.event("warning", "memory", err.Error())
+		return err
+	}
 	sites, err := x.ring.Sites()
 	if err != nil {
 		return refuse("ring", "%v", err)

@@ -118,12 +118,21 @@ const (
 
 func (p Phase) String() string { return [...]string{"prefill", "decode"}[p] }
 
-// Budgets bound what all rules together cost. 0: not bounded. The governor holds them.
+// Budgets bound what all rules together cost. 0: not bounded.
 type Budgets struct {
+	// The governor holds these.
 	Copied      uint64 // bytes a second that leave the device
 	Disk        uint64 // bytes a second that are written
 	DiskFree    uint64 // bytes to leave free
 	EngineBytes uint64 // rows that wait in the engine
+
+	// Who attaches is fitted to these, or refused.
+	Device uint64 // bytes of all producers' payload rings
+	Pinned uint64 // bytes of all producers' memory that is shared with the engine
+
+	// The store holds these.
+	Retain    uint64        // bytes of segments that are kept
+	RetainAge time.Duration // for which rows are
 }
 
 // Trigger watches what passes and says when a condition holds.

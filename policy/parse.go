@@ -197,22 +197,17 @@ func (r *reader) budgets(n *yaml.Node) (b Budgets) {
 	size := func(key string, to *uint64) field {
 		return field{key, func(n *yaml.Node) { *to = r.bytes(n, key) }}
 	}
-	fields := []field{size("copied_bytes_per_s", &b.Copied), size("disk_bytes_per_s", &b.Disk), size("disk_free_bytes", &b.DiskFree), size("engine_bytes", &b.EngineBytes)}
-	known := len(fields)
-	for key, where := range elsewhere {
-		fields = append(fields, field{key, func(n *yaml.Node) { r.bad(n, "%s cannot be changed by a policy: %s", key, where) }})
-	}
-	r.choice(n, "budgets", known, fields...)
+	r.mapping(n, "budgets", size("copied_bytes_per_s", &b.Copied), size("disk_bytes_per_s", &b.Disk), size("disk_free_bytes", &b.DiskFree), size("engine_bytes", &b.EngineBytes),
+		size("device_bytes", &b.Device), size("pinned_bytes", &b.Pinned), size("retain_bytes", &b.Retain),
+		field{"retain_age", func(n *yaml.Node) {
+			if b.RetainAge = r.duration(n, "retain_age", longest); b.RetainAge < time.Second && n.Value != "" {
+				r.bad(n, "retain_age is %s; a second at least is needed", kind(n))
+			}
+		}})
 	return b
 }
 
-// elsewhere is what is bounded, and not here.
-var elsewhere = map[string]string{
-	"device_bytes": "a producer's ring is made when it attaches; give it dmi.attach(..., ring_mib=...)",
-	"pinned_bytes": "a producer's staging is made when it attaches; give it dmi.attach(..., staging_mib=...)",
-	"retain_bytes": "the engine that owns the store keeps it; set store.retain_mib in its configuration (dmi serve --set)",
-	"retain_age":   "the engine that owns the store keeps it; set store.retain_age_s in its configuration (dmi serve --set)",
-}
+const longest = 100 * 365 * 24 * time.Hour // that anything is kept
 
 var statistics = tensor.FigureNames // that a condition may be on
 

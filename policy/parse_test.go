@@ -35,13 +35,13 @@ func TestParse(t *testing.T) {
 				Sample: 0.1, Seed: 7, Phase: &decode}, Level: Level{Level: tensor.Sampled, Stride: 16}, Priority: -3, Degrade: []Level{{Level: tensor.Stats}, off}},
 			{Name: "rule 3", Line: 26, Level: Level{Level: tensor.Int8}, Degrade: []Level{}},
 		},
-		Budgets: Budgets{Copied: 2e9, Disk: 500e6, DiskFree: 20 << 30, EngineBytes: 1 << 30},
+		Budgets: Budgets{Copied: 2e9, Disk: 500e6, DiskFree: 20 << 30, EngineBytes: 1 << 30, Device: 512 << 20, Pinned: 1 << 30, Retain: 2e12, RetainAge: 720 * time.Hour},
 		Triggers: []Trigger{
-			{Name: "exploding", Line: 35, Select: Selection{Hooks: []string{"hook_resid_post"}, Layers: []Layers{{0, 15}}}, When: Condition{Statistic: "l2", Above: &above, Below: &below, Warmup: 100},
+			{Name: "exploding", Line: 39, Select: Selection{Hooks: []string{"hook_resid_post"}, Layers: []Layers{{0, 15}}}, When: Condition{Statistic: "l2", Above: &above, Below: &below, Warmup: 100},
 				Webhook: "https://alerts.example/dmi", Cooldown: time.Minute, Promote: &Selection{Hooks: []string{"hook_resid_post", "attn.**"}}, Keep: &Selection{Hooks: []string{"hook_embed"}}},
-			{Name: "trigger 2", Line: 43, When: Condition{NonFinite: true, Warmup: 100}, Keep: &Selection{}, Cooldown: 10 * time.Second},
-			{Name: "trigger 3", Line: 44, When: Condition{Statistic: "rms", ZScore: 6, Warmup: 1000}, Cooldown: 10 * time.Second},
-			{Name: "lies", Line: 45, When: Condition{Probe: "probes/lies.safetensors", Above: &above, Warmup: 100}, Cooldown: 0},
+			{Name: "trigger 2", Line: 47, When: Condition{NonFinite: true, Warmup: 100}, Keep: &Selection{}, Cooldown: 10 * time.Second},
+			{Name: "trigger 3", Line: 48, When: Condition{Statistic: "rms", ZScore: 6, Warmup: 1000}, Cooldown: 10 * time.Second},
+			{Name: "lies", Line: 49, When: Condition{Probe: "probes/lies.safetensors", Above: &above, Warmup: 100}, Cooldown: 0},
 		},
 	}
 	if diff := cmp.Diff(want, got, cmpopts.IgnoreFields(Selection{}, "sites")); diff != "" {

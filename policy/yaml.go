@@ -98,17 +98,12 @@ type field struct {
 
 // mapping reads a mapping with the fields given, in the order of the text.
 func (r *reader) mapping(n *yaml.Node, what string, fields ...field) {
-	r.choice(n, what, len(fields), fields...)
-}
-
-// choice is mapping, and suggests the first fields alone where a key is none of them.
-func (r *reader) choice(n *yaml.Node, what string, suggested int, fields ...field) {
 	if n.Kind != yaml.MappingNode {
 		r.bad(n, "%s is %s; keys and values are needed", what, kind(n))
 		return
 	}
 	seen := map[string]int{}
-	names := make([]string, suggested)
+	names := make([]string, len(fields))
 	for i := range names {
 		names[i] = fields[i].key
 	}

@@ -27,6 +27,7 @@ type Store interface {
 	Sites(session uint32) ([]tensor.Site, error)
 	SiteTotals(session uint32) ([]store.SiteTotal, error)
 	RequestByID(id string) (tensor.Request, bool, error)
+	Retain(bytes uint64, age time.Duration)
 }
 
 // Requests tells who requests are, from memory.
@@ -81,6 +82,7 @@ func New(o Options) (*Helm, error) {
 		return nil, fmt.Errorf("steer: revision %d of the policy, from another release, cannot be put into force: %w", revision.Number, err)
 	}
 	h.force = force{revision: revision, document: document}
+	o.Store.Retain(document.Budgets.Retain, document.Budgets.RetainAge)
 	if o.Watch != nil {
 		if h.force.triggers, err = trigger.Load(o.Dir, document); err != nil { // a probe is gone: the engine captures all the same
 			h.event("error", "trigger", fmt.Sprintf("no trigger of revision %d of the policy is evaluated: %v", revision.Number, err))
@@ -110,6 +112,13 @@ func (h *Helm) Gates() control.Gates {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return h.force.gates()
+}
+
+// Memory is what producers may have.
+func (h *Helm) Memory() control.Memory {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return control.Memory{Device: h.force.document.Budgets.Device, Pinned: h.force.document.Budgets.Pinned}
 }
 
 // Steer gives h its producers, who have Gates already.
@@ -206,6 +215,7 @@ func (h *Helm) apply(next force) {
 		h.past = h.past[1:]
 	}
 	h.force = next
+	h.options.Store.Retain(next.document.Budgets.Retain, next.document.Budgets.RetainAge)
 	if h.producers != nil {
 		h.producers.SetGates(next.gates())
 	}

@@ -98,9 +98,13 @@ type Store struct {
 	tidied    chan struct{}
 	watched   chan struct{}
 	spared    map[uint64]bool // damaged segments that compaction leaves; the holder's of rewriting
-	kept      map[uint64]bool // those that retention leaves, because nobody can tell what is in them; likewise
-	urgent    atomic.Int32    // deletions that wait for rewriting
-	arrivals  atomic.Uint64   // steps and chunks that came: what idle compaction makes way for
+	retained  struct {
+		bytes uint64
+		age   time.Duration
+	} // what Retain said; under mu
+	kept     map[uint64]bool // those that retention leaves, because nobody can tell what is in them; likewise
+	urgent   atomic.Int32    // deletions that wait for rewriting
+	arrivals atomic.Uint64   // steps and chunks that came: what idle compaction makes way for
 }
 
 type sessionState struct {

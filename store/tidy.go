@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 )
 
@@ -61,7 +62,7 @@ func (s *Store) retain(now time.Time) error {
 	var rows, bytes uint64
 	defer func() {
 		if removed > 0 {
-			s.opt.Log("info", "retention", fmt.Sprintf("%d segments with %d rows, %d bytes, are removed: the store keeps %s", removed, rows, bytes, s.opt.retention()))
+			s.opt.Log("info", "retention", fmt.Sprintf("%d segments with %d rows, %d bytes, are removed: the store keeps %s", removed, rows, bytes, s.retention()))
 		}
 	}()
 	for _, g := range s.outlived(now) {
@@ -90,24 +91,44 @@ func (s *Store) retain(now time.Time) error {
 	return nil
 }
 
+// Retain has the store keep no more than so many bytes, and nothing for longer than so long, from the next look on: beside what its options say, of which the smaller holds. 0: as those say.
+func (s *Store) Retain(bytes uint64, age time.Duration) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.retained.bytes, s.retained.age = bytes, age
+}
+
+// bounds is what holds the store now; 0: nothing does.
+func (s *Store) bounds() (bytes uint64, age time.Duration) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	bytes, age = uint64(s.opt.RetainMiB)<<20, s.opt.RetainAge
+	if asked := s.retained.bytes; asked > 0 && (bytes == 0 || asked < bytes) {
+		bytes = asked
+	}
+	if asked := s.retained.age; asked > 0 && (age == 0 || asked < age) {
+		age = asked
+	}
+	return bytes, age
+}
+
 // retention says what is kept, for people.
-func (o *Options) retention() string {
-	text := ""
-	if o.RetainMiB > 0 {
-		text = fmt.Sprintf("%d MiB", o.RetainMiB)
+func (s *Store) retention() string {
+	bytes, age := s.bounds()
+	var parts []string
+	if bytes > 0 {
+		parts = append(parts, fmt.Sprintf("%d bytes", bytes))
 	}
-	if o.RetainAge > 0 {
-		if text != "" {
-			text += " and "
-		}
-		text += o.RetainAge.String()
+	if age > 0 {
+		parts = append(parts, age.String())
 	}
-	return text
+	return strings.Join(parts, " and ")
 }
 
 // outlived lists the segments that are to go, oldest first, but for those that cannot be listed. A segment holds what came within SegmentAge of its beginning.
 func (s *Store) outlived(now time.Time) []sealedSegment {
-	if s.opt.RetainMiB == 0 && s.opt.RetainAge == 0 {
+	most, age := s.bounds()
+	if most == 0 && age == 0 {
 		return nil
 	}
 	s.mu.Lock()
@@ -128,8 +149,8 @@ func (s *Store) outlived(now time.Time) []sealedSegment {
 	})
 	n := 0
 	for ; n < len(all); n++ {
-		tooMuch := s.opt.RetainMiB > 0 && bytes > int64(s.opt.RetainMiB)<<20
-		tooOld := s.opt.RetainAge > 0 && now.Sub(time.Unix(0, all[n].created)) > s.opt.RetainAge+s.opt.SegmentAge
+		tooMuch := most > 0 && uint64(bytes) > most
+		tooOld := age > 0 && now.Sub(time.Unix(0, all[n].created)) > age+s.opt.SegmentAge
 		if !tooMuch && !tooOld {
 			break
 		}

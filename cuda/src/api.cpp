@@ -91,6 +91,10 @@ int64_t dmi_ring_create(const dmi_ring_options* options) {
   return dmi::guarded([&]() -> int64_t { return dmi::create_ring(*options); });
 }
 
+int64_t dmi_ring_shared_bytes(const dmi_ring_options* options) {
+  return dmi::guarded([&] { return int64_t(dmi::Mapping::bytes(*options)); });
+}
+
 int32_t dmi_has_cuda(void) { return dmi::has_devices() ? 1 : 0; }
 
 void* dmi_ring_token(int64_t ring) {

@@ -87,6 +87,8 @@ dmi_header plan(const dmi_ring_options& o) {
 
 }  // namespace
 
+uint64_t Mapping::bytes(const dmi_ring_options& options) { return plan(options).total_bytes; }
+
 Mapping::Mapping(const dmi_ring_options& options) : header_(plan(options)) {
   try {
     memfd_ = memfd_create("dmi-ring", MFD_CLOEXEC | MFD_ALLOW_SEALING);

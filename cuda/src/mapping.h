@@ -12,6 +12,8 @@ class Mapping {
  public:
   // Validates and rounds the options; throws Error.
   explicit Mapping(const dmi_ring_options& options);
+  // What one of these options takes.
+  static uint64_t bytes(const dmi_ring_options& options);
   ~Mapping();
   Mapping(const Mapping&) = delete;
   Mapping& operator=(const Mapping&) = delete;

@@ -14,7 +14,6 @@ from dmi.requests import ID_BYTES, Requests, new_run
 from dmi.vllm import reference, status
 from dmi.vllm.batches import LABEL, Batches, name_of
 from dmi.vllm.memory import Memory
-from dmi.vllm.settings import Settings
 
 
 def parameters(**extra: Any) -> Any:
@@ -118,7 +117,8 @@ def test_memory_in_blocks(device: str, fixed: int | None, left: int, cost: int) 
     runner = SimpleNamespace(initialize_kv_cache=lambda config: "made")
     worker = SimpleNamespace(device=SimpleNamespace(type=device), vllm_config=SimpleNamespace(cache_config=cache), model_runner=runner,
                              determine_available_memory=lambda: 1000 << 20, dmi_status=lambda: {"observed": True})  # fmt: skip
-    memory = Memory(worker, Settings(("logits",), store="s"))
+    memory = Memory(worker)
+    memory.holds({"ring": 256.0, "staging": 256.0})
     memory.watch(lambda: known.append(1))
     available = worker.determine_available_memory()
     assert available == left << 20 and "kv_blocks" not in memory.status()

@@ -68,6 +68,9 @@ DMI_API const char* dmi_last_error(void);
 /* Returns the new ring's handle. Its pump thread is running. */
 DMI_API int64_t dmi_ring_create(const struct dmi_ring_options* options);
 
+/* Bytes of the memory that a ring of these options shares with the engine; nothing is made. */
+DMI_API int64_t dmi_ring_shared_bytes(const struct dmi_ring_options* options);
+
 /* Whether this build has CUDA. */
 DMI_API int32_t dmi_has_cuda(void);
 

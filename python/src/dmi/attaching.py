@@ -59,8 +59,8 @@ def attach(
     tags: Sequence[str] = (),
     mapping: Family | None = None,
     budget_gib: float | None = None,
-    ring_mib: float = 256,
-    staging_mib: float = 256,
+    ring_mib: float | None = None,
+    staging_mib: float | None = None,
     wait_bound_s: float = 30,
     token: str = "",
 ) -> Session:
@@ -76,7 +76,8 @@ def attach(
         `tokenizer`, also what each token of the vocabulary is written as.
     labels, tags: of the run that holds what is captured outside `session.record()`.
     mapping: for a model family that DMI does not know. budget_gib: refuse hooks that would capture more for a request of 2,048 tokens.
-    ring_mib, staging_mib: memory between model and engine. token: where the engine asks for one (otherwise $DMI_TOKEN, or
+    ring_mib, staging_mib: memory between model and engine: on the model's device, and of the host. Not said: 256 each, or what the policy's budgets
+        `device_bytes` and `pinned_bytes` leave; said, and more than that: an EngineError. token: where the engine asks for one (otherwise $DMI_TOKEN, or
         the token file of its store).
 
     Raises HookError (what cannot be captured, with the reason and close matches), EngineError (no engine, its store unreadable, newer,

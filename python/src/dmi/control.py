@@ -76,7 +76,7 @@ class Unframer:
 def dial(
     path: str, hello: Message, fds: Sequence[int], timeout_s: float = CONNECT_TIMEOUT_S
 ) -> tuple[socket.socket, Message, Unframer, list[Message]]:
-    """Connect, say hello with the ring's descriptors, and read the welcome; what else came is returned too. Raises EngineError."""
+    """Connect, say hello with the ring's descriptors, and read the welcome; what else came is returned too. Raises EngineError. Also for who asks for the memory that is left."""
     length = len(os.fsencode(path))
     if length > SOCKET_PATH_BYTES:
         raise EngineError(f"attach to the engine at {path}: its path has {length} bytes, and that of a Unix socket may have {SOCKET_PATH_BYTES}; start the engine with a "
@@ -86,7 +86,7 @@ def dial(
         connection.settimeout(timeout_s)
         connection.connect(path)
         data = frame(hello)
-        sent = socket.send_fds(connection, [data], list(fds))
+        sent = socket.send_fds(connection, [data], list(fds)) if fds else 0
         if sent < len(data):
             connection.sendall(data[sent:])
         unframer = Unframer()
@@ -99,7 +99,7 @@ def dial(
             for message in unframer.feed(data):
                 if message["type"] == "error" and welcome is None:
                     raise EngineError(f"attach to the engine at {path}: {message.get('message')}", code=str(message.get("code", "")))
-                if message["type"] == "welcome":
+                if message["type"] in ("welcome", "memory"):
                     welcome = message
                 elif welcome is None and message["type"] != "event":
                     raise EngineError(f"attach to the engine at {path}: it answered {message['type']!r} to hello; is it an engine?")
@@ -113,6 +113,13 @@ def dial(
     except BaseException:
         connection.close()
         raise
+
+
+def memory_left(path: str, token: str, timeout_s: float = CONNECT_TIMEOUT_S) -> tuple[int | None, int | None]:
+    """How many bytes of payload, and of shared memory, the policy of the engine at `path` leaves a ring. None: it does not say. Raises EngineError."""
+    connection, answer, _, _ = dial(path, {"type": "memory", "protocol": PROTOCOL, "token": token}, (), timeout_s)
+    connection.close()
+    return answer["device_bytes"], answer["pinned_bytes"]
 
 
 class _Barrier:

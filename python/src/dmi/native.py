@@ -95,6 +95,7 @@ def _load() -> ctypes.CDLL:
     for name, result, arguments in (
         ("dmi_last_error", ctypes.c_char_p, []),
         ("dmi_ring_create", handle, [pointer(_Options)]),
+        ("dmi_ring_shared_bytes", ctypes.c_int64, [pointer(_Options)]),
         ("dmi_ring_fds", i32, [handle, pointer(i32)]),
         ("dmi_has_cuda", i32, []),
         ("dmi_ring_token", ctypes.c_void_p, [handle]),
@@ -150,6 +151,56 @@ class _Token:
         self.__cuda_array_interface__ = {"shape": (1,), "typestr": "<i8", "data": (address, False), "version": 3}
 
 
+USUAL_MIB = 256
+"""Of a ring's payload, and of its staging."""
+
+
+def ring_options(
+    *,
+    mode: str,
+    device: torch.device | str = "cpu",
+    payload_mib: float = USUAL_MIB,
+    staging_mib: float = USUAL_MIB,
+    spill_mib: float = 64,
+    table_mib: float = 4,
+    lanes: int | None = None,
+    record_capacity: int = 16384,
+    site_capacity: int = 4096,
+    command_capacity: int = 4096,
+    wait_bound_s: float = 30,
+) -> tuple[_Options, torch.device]:
+    """What `Ring` is made with, and where it is."""
+    if mode not in MODES:
+        raise ValueError(f"create ring: mode {mode!r}; give one of {', '.join(map(repr, MODES))}")
+    where = torch.device(device)
+    if where.type not in ("cpu", "cuda"):
+        raise ValueError(f"create ring: device {where}; tensors are captured on the CPU and on CUDA devices")
+    if where.type == "cuda" and where.index is None:
+        where = torch.device("cuda", torch.cuda.current_device())
+    if lanes is None:
+        lanes = 4 if where.type == "cpu" else 1  # steps follow each other on a device
+    mib = 1 << 20
+    return _Options(
+        mode=MODES[mode],
+        lanes=lanes,
+        record_capacity=record_capacity,
+        command_capacity=command_capacity,
+        site_capacity=site_capacity,
+        device=where.index if where.type == "cuda" else -1,
+        payload_bytes=int(payload_mib * mib),
+        table_bytes=int(table_mib * mib),
+        staging_bytes=int(staging_mib * mib),
+        spill_bytes=int(spill_mib * mib),
+        wait_bound_ns=int(wait_bound_s * 1e9),
+    ), where
+
+
+def shared_bytes(options: _Options) -> int:
+    """What a ring of these options shares with its engine."""
+    library = load()
+    return _check(library, library.dmi_ring_shared_bytes(ctypes.byref(options)))
+
+
 class Ring:
     """A ring of this process: shared memory for one engine, and the private payload beside it.
 
@@ -164,8 +215,8 @@ class Ring:
         *,
         mode: str,
         device: torch.device | str = "cpu",
-        payload_mib: float = 256,
-        staging_mib: float = 256,
+        payload_mib: float = USUAL_MIB,
+        staging_mib: float = USUAL_MIB,
         spill_mib: float = 64,
         table_mib: float = 4,
         lanes: int | None = None,
@@ -174,33 +225,12 @@ class Ring:
         command_capacity: int = 4096,
         wait_bound_s: float = 30,
     ) -> None:
-        if mode not in MODES:
-            raise ValueError(f"create ring: mode {mode!r}; give one of {', '.join(map(repr, MODES))}")
         self._library = load()
         self.mode = mode
-        #: Where its tensors are.
-        self.device = torch.device(device)
-        if self.device.type not in ("cpu", "cuda"):
-            raise ValueError(f"create ring: device {self.device}; tensors are captured on the CPU and on CUDA devices")
-        if self.device.type == "cuda" and self.device.index is None:
-            self.device = torch.device("cuda", torch.cuda.current_device())
-        if lanes is None:
-            lanes = 4 if self.device.type == "cpu" else 1  # steps follow each other on a device
-        self.lanes = lanes
-        mib = 1 << 20
-        options = _Options(
-            mode=MODES[mode],
-            lanes=lanes,
-            record_capacity=record_capacity,
-            command_capacity=command_capacity,
-            site_capacity=site_capacity,
-            device=self.device.index if self.device.type == "cuda" else -1,
-            payload_bytes=int(payload_mib * mib),
-            table_bytes=int(table_mib * mib),
-            staging_bytes=int(staging_mib * mib),
-            spill_bytes=int(spill_mib * mib),
-            wait_bound_ns=int(wait_bound_s * 1e9),
-        )
+        options, self.device = ring_options(mode=mode, device=device, payload_mib=payload_mib, staging_mib=staging_mib, spill_mib=spill_mib, table_mib=table_mib,
+                                            lanes=lanes, record_capacity=record_capacity, site_capacity=site_capacity, command_capacity=command_capacity,
+                                            wait_bound_s=wait_bound_s)  # fmt: skip
+        self.lanes = int(options.lanes)
         self._handle = _check(self._library, self._library.dmi_ring_create(ctypes.byref(options)))
         with torch.inference_mode(False):
             #: The op's `ring` argument. Keep this very object: compiled code refers to it.

@@ -15,12 +15,12 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
 
-from dmi import _abi, instrument, native
+from dmi import _abi, control, instrument, native
 from dmi import lens as lenses
 from dmi.cache import Cache
 from dmi.client import Client
@@ -44,7 +44,12 @@ ATTACH_TIMEOUT_S = 40.0
 ABORTED = {"aborted"}
 """Reasons of missing rows that are the model's own doing: its forward raised."""
 
+PAGE = 4096
+LEAST_BYTES = 1 << 20
+"""Of a ring's payload or staging where a budget leaves little. Smaller ones are for those who ask for them."""
+
 log = logging.getLogger("dmi")
+T = TypeVar("T")
 
 
 class Instrumentation(Protocol):
@@ -121,6 +126,8 @@ class Session:
         self._flushed: dict[int, int] = {}
         self._is_copy = False  # in a forked child
         self._absent_s = 30.0
+        self.memory_mib: dict[str, float] = {}
+        """Between model and engine: `ring`, on the model's device, and `staging`, of the host."""
         self.sites: list[str] = []
         """Canonical names of what is captured, in the order in which the model computes them."""
         self.skipped: list[str] = []
@@ -286,7 +293,10 @@ class Session:
         self.sites = [site.name for site in plan.sites]
         self.skipped = [str(refusal) for refusal in plan.skipped]
         self._absent_s = ring["wait_bound_s"] if "wait_bound_s" in ring else self._absent_s
-        self._ring = native.Ring(mode=self.mode, site_capacity=max(4096, len(plan.sites)), **ring)
+        ring = {"site_capacity": max(4096, len(plan.sites)), **ring}
+        ring = self._fitted(ring, token, find, starts)
+        self.memory_mib = {"ring": float(ring.get("payload_mib", native.USUAL_MIB)), "staging": float(ring.get("staging_mib", native.USUAL_MIB))}
+        self._ring = native.Ring(mode=self.mode, **ring)
         try:
             numbers = [
                 self._ring.add_site(site.name, layer=site.layer, space=site.space, roles=site.roles, row_axis=site.row_axis, fill=site.fill, flags=site.flags)
@@ -311,20 +321,56 @@ class Session:
         with _sessions_lock:
             _sessions.add(self)
 
-    def _connect(self, hello: Message, token: Callable[[], str], find: Callable[[], str], starts: bool) -> None:
-        assert self._ring is not None
+    def _fitted(self, ring: dict[str, Any], token: Callable[[], str], find: Callable[[], str], starts: bool) -> dict[str, Any]:
+        """Sizes that were left open (None): the usual ones, or what the policy's budgets leave."""
+        if None not in (ring.get("payload_mib", 0), ring.get("staging_mib", 0)):
+            return ring
+        device, pinned = self._reached(find, starts, lambda path: control.memory_left(path, token()))
+        usual: dict[str, Any] = {name: native.USUAL_MIB if size is None else size for name, size in ring.items()}
+
+        def fit(key: str, left: int | None, besides: int) -> float:
+            if left is None or native.USUAL_MIB << 20 <= left - besides:
+                return native.USUAL_MIB
+            room = (left - besides) // PAGE * PAGE
+            if room < LEAST_BYTES:
+                raise EngineError(f"attach: the policy's budget {key} leaves {left} bytes, of which {besides} are for what a ring needs besides, and {LEAST_BYTES} are the least; "
+                                  "raise the budget (dmi policy set), or detach other sessions", code="memory")  # fmt: skip
+            return room / (1 << 20)
+
+        if ring["payload_mib"] is None:
+            usual["payload_mib"] = fit("device_bytes", device, 0)
+        if ring["staging_mib"] is None:
+            options, _ = native.ring_options(mode=self.mode, **usual)
+            usual["staging_mib"] = fit("pinned_bytes", pinned, native.shared_bytes(options) - int(options.staging_bytes))
+        return usual
+
+    @staticmethod
+    def _reached(find: Callable[[], str], starts: bool, ask: Callable[[str], T]) -> T:
+        """What an engine answers, that may be stopping because nobody needed it any more."""
         deadline = time.monotonic() + ATTACH_TIMEOUT_S
         while True:
-            link = Link(lock=self.requests.lock, hello=hello, token=token, fds=self._ring.fds, find=find, state=self.requests.state,
-                        attached=self._attached, event=self._event)  # fmt: skip
             try:
-                link.open(find())
-                break
-            except EngineError as error:  # it may be stopping because nobody needed it any more
-                link.close()
+                return ask(find())
+            except EngineError as error:
                 if error.code not in ("stopping", "hang-up", "unreachable") or time.monotonic() > deadline or not starts:
                     raise
                 time.sleep(0.05)
+
+    def _connect(self, hello: Message, token: Callable[[], str], find: Callable[[], str], starts: bool) -> None:
+        assert self._ring is not None
+        ring = self._ring
+
+        def open_link(path: str) -> Link:
+            link = Link(lock=self.requests.lock, hello=hello, token=token, fds=ring.fds, find=find, state=self.requests.state,
+                        attached=self._attached, event=self._event)  # fmt: skip
+            try:
+                link.open(path)
+            except EngineError:
+                link.close()
+                raise
+            return link
+
+        link = self._reached(find, starts, open_link)
         self._link = link
         self.store = str(link.welcome.get("store", ""))
         self.requests.found_in = {"session": self.id, "store": self.store}

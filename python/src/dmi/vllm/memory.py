@@ -11,21 +11,22 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from dmi.vllm.settings import Settings
-
 log = logging.getLogger("vllm.dmi")
 
 
 class Memory:
     """One worker's."""
 
-    def __init__(self, worker: Any, settings: Settings) -> None:
+    def __init__(self, worker: Any) -> None:
         self._worker = worker
         self._on_cpu = worker.device.type == "cpu"
-        mib = settings.ring_mib + (settings.staging_mib if self._on_cpu else 0)
-        self._bytes = int(mib * (1 << 20))
+        self._bytes = 0
         self._available = 0
         self._blocks: int | None = None
+
+    def holds(self, mib: dict[str, float]) -> None:
+        """A session's memory, before vLLM looks."""
+        self._bytes = int((mib["ring"] + (mib["staging"] if self._on_cpu else 0)) * (1 << 20))
 
     def status(self) -> dict[str, Any]:
         """`device_bytes`, and once the cache is there `kv_blocks` and `kv_blocks_cost`: how many more there would be without."""

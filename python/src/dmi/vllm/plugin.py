@@ -59,7 +59,7 @@ class Plugin:
         self._session: Session | None = None
         self._observer: Observer | None = None
         self._reason = "the model is not loaded yet"
-        self._memory = Memory(worker, settings)
+        self._memory = Memory(worker)
         self._number = status.number_of(worker.vllm_config.parallel_config, int(worker.rank))
         worker.dmi_status = self.status
         worker.dmi_flush = self.flush
@@ -131,6 +131,7 @@ class Plugin:
         try:
             session, observer = observe(self._runner, self._settings)
             self._session, self._observer, self._reason = session, observer, ""
+            self._memory.holds(session.memory_mib)
             log.info("DMI: session %s captures %d sites into %s", session.id, len(session.sites), session.store)
             for refusal in session.skipped[:3]:
                 log.warning("DMI: not captured: %s", refusal)

@@ -26,8 +26,8 @@ class Settings:
     engine: str = ""
     mode: str = "best-effort"
     text: str = "none"  # of other people's prompts nothing is kept unless the operator says so
-    ring_mib: float = 256
-    staging_mib: float = 256
+    ring_mib: float | None = None  # None: as dmi.attach has it
+    staging_mib: float | None = None
     wait_bound_s: float = 30
     token: str = ""
 
