@@ -97,8 +97,7 @@ class Observed:
             series.setdefault(OBSERVED, []).append(f'{{{model},reason="{_escaped(reason[:200])}"}} {int(session is not None)}')
             if session is not None:
                 series.setdefault(SITES, []).append(f"{{{model}}} {len(session.sites)}")
-                assert self._settings is not None
-                series.setdefault(MEMORY, []).append(f"{{{model}}} {int(self._settings.ring_mib * (1 << 20))}")
+                series.setdefault(MEMORY, []).append(f"{{{model}}} {int(session.memory_mib['ring'] * (1 << 20))}")
         lines = []
         for (metric, what), values in series.items():
             lines += [f"# HELP {metric} {what}", f"# TYPE {metric} gauge", *(metric + value for value in values)]
