@@ -7,7 +7,7 @@ Random weights, bf16, Hugging Face's own model with a static cache. "graph": the
 session.step(); "eager": the model called. Sites: "residual" is every block's output, the final norm and the logits (38); "all" is twelve
 tensors a layer beside the last two (434), none of which DMI has to compute. The sink is bench/sink (built to bin/bench-sink): every row drained, sliced by request, checksummed, counted and
 discarded by an engine in its own process. Two models over the same weights, one of them observed, take turns, on the device's clock; each
-graph is recorded three times, since where its buffers lie decides up to half a percent of its time. Medians of the rounds are reported, and the
+graph is recorded six times, with its buffers at other places each time: where they lie decides up to 3 % of a small step's time. Medians of the rounds are reported, and the
 share of rows that were captured. LEVEL, behind the batches, is what is captured of every row (full), and N behind it of how many requests one is
 observed (1). Disk as the sink (--sink disk) is the real engine, which stores what it is given on DIR. "host" is what the model's thread does for a step outside the forward. The baseline of a goal is a
 device-to-device copy of the same bytes, measured in the same run.
@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import functools
 import os
+import random
 import statistics
 import tempfile
 import time
@@ -40,7 +41,7 @@ SITES = {
 }
 BATCHES = "1,8,32,64,128,256"
 PLAN = [f"{which}:{way}:{BATCHES}" for which in ("residual", "all") for way in ("graph", "eager")]
-RECORDINGS = 3
+RECORDINGS = 6
 
 
 def copy_ms(bytes_: int) -> float:
@@ -77,14 +78,15 @@ def measure(made: Any, batch: int, way: str, which: str, rounds: int, mode: str,
     hooked = twin(made)
     mine, plain = Decode(hooked, batch), Decode(made, batch)
     mine(), plain()
-    # Where a graph's buffers came to lie decides up to half a percent of its time, so several recordings of each take turns.
-    recorded = [record(plain)[0] for _ in range(RECORDINGS)] if way == "graph" else []
+    # Where a graph's buffers came to lie decides up to 3 % of its time, so several recordings of each take turns.
+    places = random.Random(batch)
+    recorded = [record(plain, scatter=places)[0] for _ in range(RECORDINGS)] if way == "graph" else []
     unobserved: list[Callable[[], Any]] = [graph.replay for graph in recorded] or [plain]
     timed(unobserved[0], 3)
     base = timed(unobserved[0], 5)
     # Called, the model is as fast as the host, which others disturb: many short turns then, rather than few long ones.
-    steps, rounds = (max(3, int(200 / base) // len(unobserved)), rounds) if way == "graph" else (1, 5 * rounds)
-    ours, theirs, host = [], [], []
+    steps, rounds = (max(3, int(300 / base) // len(unobserved)), rounds) if way == "graph" else (1, 5 * rounds)
+    ours, theirs, host, outside = [], [], [], []
     ones = torch.ones(batch, 1, dtype=torch.int64)
     reports: list[dict[str, Any]] = [{"cpu_s": float("nan")}]
     with contextlib.ExitStack() as ends:
@@ -96,7 +98,7 @@ def measure(made: Any, batch: int, way: str, which: str, rounds: int, mode: str,
             session = dmi.attach(hooked, SITES[which], store=Path(folder) / "s", mode=mode, text="none")
         try:
             within = functools.partial(session.step, rows=ones)
-            forwards: list[Callable[[], Any]] = [graph.replay for graph in [record(mine, within)[0] for _ in recorded]] or [mine]
+            forwards: list[Callable[[], Any]] = [graph.replay for graph in [record(mine, within, scatter=places)[0] for _ in recorded]] or [mine]
             numbers: list[int] | None = None
 
             def observed(forward: Callable[[], Any]) -> None:
@@ -119,6 +121,8 @@ def measure(made: Any, batch: int, way: str, which: str, rounds: int, mode: str,
             session.flush()
             torch.cuda.synchronize()
             after = session._ring.counters()
+            if way == "graph":  # the same graphs outside a step capture nothing: what is left is where their buffers lie
+                outside = [statistics.mean(timed(forward, steps) for forward in forwards) for _ in range(rounds)]
             device_bytes = session._ring.device_bytes
         finally:
             session.detach()
@@ -137,7 +141,7 @@ def measure(made: Any, batch: int, way: str, which: str, rounds: int, mode: str,
 
     return {
         "way": way, "sites": len(session.sites), "which": which, "batch": batch, "mode": mode, "level": level, "share": share, "sink": "checksum" if store is None else "disk", "full_bytes": whole or bytes_, "steps": done, "unobserved_ms": plain_ms, "observed_ms": observed_ms,
-        "overhead": observed_ms / plain_ms - 1, "spread": spread(ours), "spread_unobserved": spread(theirs), "rounds": {"observed_ms": ours, "unobserved_ms": theirs},
+        "idle_ms": statistics.median(outside or [float("nan")]), "overhead": observed_ms / plain_ms - 1, "spread": spread(ours), "spread_unobserved": spread(theirs), "rounds": {"observed_ms": ours, "unobserved_ms": theirs, "outside_a_step_ms": outside},
         "bytes": bytes_, "copy_ms": copying, "captured": captured / max(1, captured + lost), "lost": {reason: rows for reason, rows in outcomes.items() if rows and reason != "policy"},
         "host_us": statistics.median(host) / 1e3, "wait_ms": (after["wait_ns"] - before["wait_ns"]) / 1e6, "device_mib": device_bytes / (1 << 20),
         "engine": reports[0],
@@ -170,7 +174,7 @@ def main() -> None:
             got["allowed"] = 0.01 if int(share) > 1 else max(floor, moved / got["unobserved_ms"])
             print(
                 f"{which:8} {way:5} {level}/{share} batch {batch:3}: {got['unobserved_ms']:7.3f} -> {got['observed_ms']:7.3f} ms  {100 * got['overhead']:+6.2f} % "
-                f"(allowed {100 * got['allowed']:.2f}; spread {100 * got['spread']:.2f}/{100 * got['spread_unobserved']:.2f})  {got['bytes'] / 1e6:7.2f} MB, {100 * got['bytes'] / got['full_bytes']:.2f} % of all  "
+                f"(outside a step {got['idle_ms']:.3f}; allowed {100 * got['allowed']:.2f}; spread {100 * got['spread']:.2f}/{100 * got['spread_unobserved']:.2f})  {got['bytes'] / 1e6:7.2f} MB, {100 * got['bytes'] / got['full_bytes']:.2f} % of all  "
                 f"captured {100 * got['captured']:.2f} % {got['lost']}  host {got['host_us']:.0f} us  wait {got['wait_ms']:.0f} ms  engine {got['engine']['cpu_s']:.1f} s",
                 flush=True,
             )  # fmt: skip
