@@ -33,7 +33,9 @@ type CompareRow struct {
 	Relative   Number `json:"relative"` // ||x-y|| / ||x||
 	Cosine     Number `json:"cosine"`
 	Mismatched uint64 `json:"mismatched"` // elements of which one is not finite and the other something else; figures leave them out
-	Missing    uint64 `json:"missing"`    // rows that one of the two lacks
+	Missing    uint64 `json:"missing"`    // rows that one of the two lacks: those that a lacks, and those that b lacks
+	MissingA   uint64 `json:"missing_a"`
+	MissingB   uint64 `json:"missing_b"`
 }
 
 // difference sums up pairs of elements.
@@ -123,14 +125,13 @@ func (d *difference) line() CompareRow {
 	return row
 }
 
-// pairing is one pair of requests at one site that both have.
+// pairing is one pair of requests at one site.
 type pairing struct {
-	site         int // index into a's survey
-	a, b         int // requests
-	siteInB      int
-	linesPerRow  []CompareRow
-	whole        CompareRow
-	wholeOfPairs difference
+	site, siteInB int // index into each survey; -1 where the other alone has the site
+	a, b          int // requests
+	linesPerRow   []CompareRow
+	whole         CompareRow
+	wholeOfPairs  difference
 }
 
 // Compare yields lines by pair of requests and site, as they come in the model.
@@ -153,15 +154,22 @@ func Compare(ctx context.Context, e *query.Engine, q CompareQuery, yield func(Co
 		return badArgument("compare request by request", "compare %s with %s: one has %d requests, the other %d", q.A, q.B, len(a.Requests), len(b.Requests))
 	}
 	var pairs []pairing
+	common := len(a.Requests) == 0
 	for r := range a.Requests {
+		inA := map[string]bool{}
 		for i, site := range a.Sites {
+			inA[site.Name] = true
 			at := slices.IndexFunc(b.Sites, func(other query.SurveyedSite) bool { return other.Name == site.Name })
-			if at >= 0 {
-				pairs = append(pairs, pairing{site: i, siteInB: at, a: r, b: r})
+			common = common || at >= 0
+			pairs = append(pairs, pairing{site: i, siteInB: at, a: r, b: r})
+		}
+		for i, site := range b.Sites {
+			if !inA[site.Name] {
+				pairs = append(pairs, pairing{site: -1, siteInB: i, a: r, b: r})
 			}
 		}
 	}
-	if len(pairs) == 0 && len(a.Requests) > 0 {
+	if !common {
 		return &query.Error{Code: query.NotFound, Message: "compare " + q.A + " with " + q.B + ": they have no site in common", Hint: "`dmi ls` lists the sites of each"}
 	}
 	progress := progressOf(ctx)
@@ -171,7 +179,15 @@ func Compare(ctx context.Context, e *query.Engine, q CompareQuery, yield func(Co
 		return err
 	}
 	return inOrder(ctx, len(pairs), func(ctx context.Context, i int) (*pairing, error) {
-		return comparePair(ctx, a, b, pairs[i], q, shares[0][pairs[i].site], shares[1][pairs[i].siteInB])
+		p := pairs[i]
+		var shareOfA, shareOfB float64
+		if p.site >= 0 {
+			shareOfA = shares[0][p.site]
+		}
+		if p.siteInB >= 0 {
+			shareOfB = shares[1][p.siteInB]
+		}
+		return comparePair(ctx, a, b, p, q, shareOfA, shareOfB)
 	}, func(_ int, p *pairing) error {
 		if p == nil {
 			return nil
@@ -210,23 +226,37 @@ func surveyOf(ctx context.Context, e *query.Engine, id string, q CompareQuery) (
 }
 
 func comparePair(ctx context.Context, a, b *query.Survey, p pairing, q CompareQuery, shareOfA, shareOfB float64) (*pairing, error) {
-	x, err := a.Select(ctx, p.site, p.a)
-	if err != nil {
-		return nil, err
+	var x, y *query.Selection
+	var name query.SurveyedSite
+	var err error
+	if p.siteInB >= 0 {
+		name = b.Sites[p.siteInB]
+		if y, err = b.Select(ctx, p.siteInB, p.b); err != nil {
+			return nil, err
+		}
 	}
-	y, err := b.Select(ctx, p.siteInB, p.b)
-	if err != nil {
-		return nil, err
+	if p.site >= 0 {
+		name = a.Sites[p.site]
+		if x, err = a.Select(ctx, p.site, p.a); err != nil {
+			return nil, err
+		}
 	}
 	defer progressOf(ctx).follow(x, shareOfA)()
 	defer progressOf(ctx).follow(y, shareOfB)()
-	if x == nil || y == nil {
-		return nil, nil
-	}
-	name := a.Sites[p.site]
 	label := func(line CompareRow) CompareRow {
 		line.A, line.B, line.Site, line.Layer = a.Requests[p.a].ID, b.Requests[p.b].ID, name.Name, layerOf(name)
 		return line
+	}
+	if x == nil || y == nil { // one of the two has nothing of the site
+		if x == nil && y == nil || q.Per == query.PerRow {
+			return nil, nil
+		}
+		p.whole = label(p.wholeOfPairs.line())
+		p.whole.MissingB, p.whole.MissingA = lacking(x, 0), lacking(y, 0)
+		if p.whole.Missing = p.whole.MissingA + p.whole.MissingB; p.whole.Missing == 0 {
+			return nil, nil
+		}
+		return &p, nil
 	}
 	var first *int
 	rows, differ := uint64(0), uint64(0)
@@ -266,12 +296,16 @@ func comparePair(ctx context.Context, a, b *query.Survey, p pairing, q CompareQu
 	}
 	p.whole = label(p.wholeOfPairs.line())
 	p.whole.Rows, p.whole.Differ, p.whole.First = rows, differ, first
-	p.whole.Missing = lacking(x, rows) + lacking(y, rows)
+	p.whole.MissingB, p.whole.MissingA = lacking(x, rows), lacking(y, rows)
+	p.whole.Missing = p.whole.MissingA + p.whole.MissingB
 	return &p, nil
 }
 
 // lacking counts rows that a selection has and the other lacks.
 func lacking(s *query.Selection, common uint64) (n uint64) {
+	if s == nil {
+		return 0
+	}
 	for _, span := range s.Present() {
 		n += uint64(span.Count)
 	}

@@ -297,9 +297,9 @@ func inspectCompareCommand(o *options) *cobra.Command {
 			v.Set("per", per)
 			set(v, "tokens", tokens)
 			setFraction(v, "tolerance", tolerance)
-			return printTool(c, o, r, "compare", v, []string{"a", "b", "site", "position", "rows", "differ", "first", "max abs", "relative", "cosine", "mismatched", "missing"}, func(l inspect.CompareRow) []string {
+			return printTool(c, o, r, "compare", v, []string{"a", "b", "site", "position", "rows", "differ", "first", "max abs", "relative", "cosine", "mismatched", "missing in a", "in b"}, func(l inspect.CompareRow) []string {
 				return []string{l.A, l.B, l.Site, numberOf(l.Position), humanCount(l.Rows), humanCount(l.Differ), numberOf(l.First), figure(l.MaxAbs), figure(l.Relative), figure(l.Cosine),
-					humanCount(l.Mismatched), humanCount(l.Missing)}
+					humanCount(l.Mismatched), humanCount(l.MissingA), humanCount(l.MissingB)}
 			})
 		}}
 	c.Flags().StringVarP(&s.site, "site", "s", "", "site: a name, an alias, its end (resid_post), or a glob")

@@ -18,7 +18,7 @@ var errEnough = errors.New("enough")
 
 func tailCommand(o *options) *cobra.Command {
 	var site, session, request string
-	var events, tensors bool
+	var events, tensors, summed bool
 	var count int
 	c := &cobra.Command{
 		Use:   "tail",
@@ -35,10 +35,14 @@ func tailCommand(o *options) *cobra.Command {
 			set(v, "session", session)
 			set(v, "request", request)
 			switch {
-			case events && (tensors || len(v) > 0):
+			case summed && tensors:
+				err = usage(fmt.Errorf("tail: --map or --tensors, not both"))
+			case events && (tensors || summed || len(v) > 0):
 				return usage(fmt.Errorf("tail: --events stands alone"))
 			case events:
 				err = tailEvents(c, o, r, count, func(string) bool { return true })
+			case summed:
+				err = tailMaps(c, o, r, v, count)
 			case tensors:
 				err = tailTensors(c, o, r, v, count)
 			default:
@@ -56,6 +60,7 @@ func tailCommand(o *options) *cobra.Command {
 	f.StringVarP(&request, "request", "r", "", "of this request")
 	f.BoolVar(&events, "events", false, "events: attach, detach, drops, disk, errors")
 	f.BoolVar(&tensors, "tensors", false, "a line per tensor that passes, without its bytes")
+	f.BoolVar(&summed, "map", false, "rows summed up by session and site, at most ten times a second: what the page draws while a model runs")
 	f.IntVarP(&count, "count", "n", 0, "end after so many lines")
 	return c
 }
@@ -119,6 +124,44 @@ func tailStats(c *cobra.Command, o *options, r *reader, v url.Values, count int)
 				cells := l.cells()
 				fmt.Fprintf(out, "%-16s %-40s %8s %11s %11s %11s %11s %5d\n", cells[0], l.Site, cells[2], humanNumber(l.Mean), humanNumber(l.RMS), humanNumber(l.AbsMax), humanNumber(l.L2), l.NonFinite)
 			}
+			if count--; count == 0 {
+				return errEnough
+			}
+		}
+		return nil
+	})
+}
+
+// tailMaps prints every site's rows since the map before, summed up; as JSON a map a line.
+func tailMaps(c *cobra.Command, o *options, r *reader, v url.Values, count int) error {
+	out := c.OutOrStdout()
+	if !o.json {
+		fmt.Fprintf(out, "%-9s %-40s %8s %11s %11s %11s %11s %5s\n", "SESSION", "SITE", "ROWS", "MEAN", "RMS", "ABSMAX", "L2", "NONF")
+	}
+	return r.events(c.Context(), http.MethodGet, "/live/map", v, func(name string, data []byte) error {
+		if name != "map" {
+			return nil
+		}
+		if o.json {
+			fmt.Fprintf(out, "%s\n", data)
+			if count--; count == 0 {
+				return errEnough
+			}
+			return nil
+		}
+		var came struct {
+			Session string
+			Dropped uint64
+			Sites   []statsLine
+		}
+		if err := json.Unmarshal(data, &came); err != nil {
+			return err
+		}
+		if came.Dropped > 0 {
+			fmt.Fprintf(out, "-- dropped: %s rows\n", humanCount(came.Dropped))
+		}
+		for _, l := range came.Sites {
+			fmt.Fprintf(out, "%-9s %-40s %8d %11s %11s %11s %11s %5d\n", came.Session, l.Site, l.Rows, humanNumber(l.Mean), humanNumber(l.RMS), humanNumber(l.AbsMax), humanNumber(l.L2), l.NonFinite)
 			if count--; count == 0 {
 				return errEnough
 			}

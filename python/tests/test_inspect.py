@@ -381,12 +381,29 @@ def test_compare_of_random_families(tmp_path: Path) -> None:
                         assert near(line["relative"], difference(x, y, 0)["relative"]) and line["missing"] == 0
                     if right == 1:
                         assert parted[0] == ([11] if row == 0 else []), "the token that was changed"
+            if family == RANDOM[0]:
+                compared_with_less(opened, model.to(torch.float32), ids, runs[0][0], store)
             weights = [array(outputs[i].attentions[1][0]) for i in (0, 1)]
             (line,) = opened.inspect.compare(runs[0][0], runs[1][0], "blocks.1.attn.hook_pattern")
             assert near(line["max_abs"], float(np.abs(weights[0] - weights[1]).max())) and line["first"] == 11
             whole = opened.inspect.compare(*(opened.requests(latest=6)[i]["run"] for i in (0, 2)), "blocks.0.hook_resid_pre")
             assert [line["a"] for line in whole] == runs[0] and [line["differ"] for line in whole] == [1, 0]
             assert whole == cli(store, "compare", *(opened.requests(latest=6)[i]["run"] for i in (0, 2)), "--site", "blocks.0.hook_resid_pre")
+
+
+def compared_with_less(opened: Any, model: Any, ids: torch.Tensor, whole: str, store: Path) -> None:
+    """A request of fewer tokens at fewer sites: what it lacks is counted on its side."""
+    with dmi.attach(model, hooks=["blocks.*.hook_resid_pre"], store=store) as session, torch.no_grad():
+        model(ids[:1, :12])
+    (short,) = session.requests
+    want = {f"blocks.{layer}.{site}": rows for layer in range(2) for site, rows in (("hook_resid_pre", 12), ("attn.hook_pattern", 0))}
+    for a, b, lacks, other in ((whole, short, "missing_b", "missing_a"), (short, whole, "missing_a", "missing_b")):
+        lines = opened.inspect.compare(a, b)
+        assert {line["site"]: line["rows"] for line in lines} == want
+        for line in lines:
+            assert (line[lacks], line[other], line["missing"]) == (20 - line["rows"], 0, 20 - line["rows"]), line
+            assert (line["relative"] is None) == (line["rows"] == 0)
+        assert {line["site"] for line in opened.inspect.compare(a, b, per="row")} == {site for site, rows in want.items() if rows}
 
 
 class Numbers:

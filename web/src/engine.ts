@@ -79,12 +79,12 @@ export function query(args: Args): string {
   return new URLSearchParams(given.map(([name, value]) => [name, String(value)])).toString();
 }
 
-async function ask(path: string, args: Args, signal?: AbortSignal): Promise<Response> {
+async function ask(path: string, args: Args, signal?: AbortSignal, accept = ''): Promise<Response> {
   const text = query(args);
   const shown = token;
   let answer: Response;
   try {
-    answer = await fetch(`/v1${path}${text ? `?${text}` : ''}`, { headers: { Authorization: `Bearer ${shown}` }, signal: signal ?? null, cache: 'no-store' });
+    answer = await fetch(`/v1${path}${text ? `?${text}` : ''}`, { headers: { Authorization: `Bearer ${shown}`, ...(accept ? { Accept: accept } : {}) }, signal: signal ?? null, cache: 'no-store' });
   } catch (error) {
     if (signal?.aborted) throw error;
     throw new EngineError(0, 'unreachable', 'The engine does not answer.', 'It may have stopped: start `dmi ui` again, and open the address that it prints.');
@@ -95,21 +95,24 @@ async function ask(path: string, args: Args, signal?: AbortSignal): Promise<Resp
   throw new EngineError(answer.status, body.error?.code ?? '', body.error?.message ?? `${path}: ${answer.status} ${answer.statusText}`, body.error?.hint ?? '', body.coverage);
 }
 
-/** Counts the lines of an answer as they come: lists have one an item. */
-async function counted<T>(answer: Response, found: (lines: number) => void): Promise<T> {
-  let lines = -1; // the first opens the list
-  let told = performance.now();
-  const counting = new TransformStream<string, string>({
-    transform(text, to) {
-      for (let at = text.indexOf('\n'); at >= 0; at = text.indexOf('\n', at + 1)) lines++;
-      if (performance.now() - told > 250) {
-        told = performance.now();
-        found(Math.max(0, lines));
-      }
-      to.enqueue(text);
-    },
+/** How far a tool has come: a share of a stage, bytes read and lines found so far. */
+export interface Far { stage: string; share: number; bytes: number; lines: number }
+
+/** The lines of a tool that takes a while, which tells meanwhile how far it has come. */
+async function find<T>(path: string, args: Args, tell: (far: Far) => void, signal?: AbortSignal): Promise<T[]> {
+  const lines: T[] = [];
+  let whole = false;
+  await readEvents(await ask(path, args, signal, 'text/event-stream'), (name, data) => {
+    if (name === 'items') for (const line of data as T[]) lines.push(line);
+    else if (name === 'progress') tell({ ...(data as Omit<Far, 'lines'>), lines: lines.length });
+    else if (name === 'result') whole = true;
+    else if (name === 'error') {
+      const failed = data as { code: string; message: string; hint: string };
+      throw new EngineError(500, failed.code, failed.message, failed.hint);
+    }
   });
-  return new Response(answer.body?.pipeThrough(new TextDecoderStream()).pipeThrough(counting).pipeThrough(new TextEncoderStream())).json() as Promise<T>;
+  if (!whole) throw new EngineError(0, 'ended', `${path}: the answer broke off.`, 'The engine may have stopped; ask again.');
+  return lines;
 }
 
 export async function getJSON<T>(path: string, args: Args = {}, signal?: AbortSignal): Promise<T> {
@@ -128,13 +131,13 @@ export function setCapturing(now: boolean): void {
   capturing = now;
 }
 
-/** As getList, from memory where it was asked before and nothing has been captured since. */
-export async function getListOnce<T>(path: string, args: Args, signal?: AbortSignal, found?: (lines: number) => void): Promise<T[]> {
+/** As getList, from memory where it was asked before and nothing has been captured since; who gives `tell` hears how far it has come. */
+export async function getListOnce<T>(path: string, args: Args, signal?: AbortSignal, tell?: (far: Far) => void): Promise<T[]> {
   const key = `${path}?${query(args)}`;
   const known = remembered.get(key) as T[] | undefined;
   if (known) return known;
   const before = capturing;
-  const list = await getList<T>(path, args, signal, found);
+  const list = await (tell ? find<T>(path, args, tell, signal) : getList<T>(path, args, signal));
   if (!before && !capturing) {
     remembered.set(key, list);
     for (const oldest of remembered.keys()) if (remembered.size > MOST_REMEMBERED) remembered.delete(oldest);
@@ -142,11 +145,10 @@ export async function getListOnce<T>(path: string, args: Args, signal?: AbortSig
   return list;
 }
 
-export async function getList<T>(path: string, args: Args = {}, signal?: AbortSignal, found?: (lines: number) => void): Promise<T[]> {
+export async function getList<T>(path: string, args: Args = {}, signal?: AbortSignal): Promise<T[]> {
   const all: T[] = [];
   for (let after = ''; ; ) {
-    const answer = await ask(path, { ...args, after: after || undefined }, signal);
-    const page = (found ? await counted(answer, (lines) => found(all.length + lines)) : await answer.json()) as { items: T[]; next: string | null };
+    const page = (await (await ask(path, { ...args, after: after || undefined }, signal)).json()) as { items: T[]; next: string | null };
     all.push(...page.items);
     if (!page.next) return all;
     after = page.next;
@@ -192,14 +194,18 @@ async function readEvents(answer: Response, each: (name: string, data: unknown) 
   if (!reader) return;
   let rest = '';
   let name = '';
-  for (;;) {
-    const { done, value } = await reader.read();
-    if (done) return;
-    const lines = (rest + value).split('\n');
-    rest = lines.pop() ?? '';
-    for (const line of lines) {
-      if (line.startsWith('event: ')) name = line.slice(7);
-      else if (line.startsWith('data: ')) each(name, JSON.parse(line.slice(6)));
+  try {
+    for (;;) {
+      const { done, value } = await reader.read();
+      if (done) return;
+      const lines = (rest + value).split('\n');
+      rest = lines.pop() ?? '';
+      for (const line of lines) {
+        if (line.startsWith('event: ')) name = line.slice(7);
+        else if (line.startsWith('data: ')) each(name, JSON.parse(line.slice(6)));
+      }
     }
+  } finally {
+    void reader.cancel().catch(() => undefined); // where `each` has had enough
   }
 }

@@ -1,5 +1,6 @@
 // Sites by kind: blocks.3.hook_resid_post is the kind blocks.*.hook_resid_post at layer 3.
 import type { CoverageRange, SiteInfo, Tensor } from './engine';
+import type { Reason } from './heat/Legend';
 import { kinds, type Grid, type Kind } from './heat/paint';
 
 export const kindOf = (name: string): string => name.replace(/^blocks\.\d+\./, 'blocks.*.');
@@ -23,11 +24,16 @@ export function rowName(site: string): string {
 
 export const shortRow = (site: string): string => /^blocks\.(\d+)\./.exec(site)?.[1] ?? site;
 
-/** A statistic's grid, and of every cell without a value why it has none, from the books. */
-export function describedGrid(tensor: Tensor, ranges: CoverageRange[]): { grid: Grid; reason: (row: number, column: number) => string; totals: [string, number][] } {
-  const [height = 0, width = 0] = tensor.shape;
+/** What is said of rows that no book knows. */
+const unbooked = (ended: boolean): string => (ended ? 'never computed: at this site the request ended before' : 'not computed yet');
+
+/** A statistic's grid, and of every cell without a value why it has none, from the books. It is as wide as the request is long. `ended`: it goes no further. */
+export function describedGrid(tensor: Tensor, ranges: CoverageRange[], length: number, ended: boolean): { grid: Grid; reason: (row: number, column: number) => string; totals: Reason[] } {
+  const [height = 0, known = 0] = tensor.shape;
   const first = tensor.positions[0]?.[0] ?? 0;
-  const grid: Grid = { width, height, values: tensor.values, kinds: new Uint8Array(width * height) };
+  const width = height > 0 ? Math.max(known, length - first) : 0;
+  const grid: Grid = { width, height, values: width === known ? tensor.values : new Float32Array(width * height).fill(NaN), kinds: new Uint8Array(width * height) };
+  if (width > known) for (let row = 0; row < height; row++) grid.values.set(tensor.values.subarray(row * known, (row + 1) * known), row * width);
   const reasons: string[] = [];
   const why = new Uint16Array(width * height);
   const note = (text: string) => {
@@ -39,15 +45,15 @@ export function describedGrid(tensor: Tensor, ranges: CoverageRange[]): { grid: 
   tensor.sites.forEach((site, row) => {
     for (let column = 0; column < width; column++) {
       const at = row * width + column;
-      if (!Number.isNaN(tensor.values[at])) continue;
-      grid.kinds[at] = kinds.indexOf('absent');
-      why[at] = note('not on the books: it was not computed yet, or not asked for');
+      if (!Number.isNaN(grid.values[at])) continue;
+      grid.kinds[at] = kinds.indexOf('unbooked');
+      why[at] = note(unbooked(ended));
     }
     for (const range of (bySite.get(site) ?? []).sort((a, b) => a.attempt - b.attempt)) {
       for (let i = 0; i < range.count; i++) {
         const column = range.first + i * range.stride - first;
         const at = row * width + column;
-        if (column < 0 || column >= width || !Number.isNaN(tensor.values[at])) continue;
+        if (column < 0 || column >= width || !Number.isNaN(grid.values[at])) continue;
         const captured = range.outcome === 'captured';
         const kind: Kind = captured && range.level === 'full' ? 'nonfinite' : captured ? 'skipped' : ((kinds as readonly string[]).includes(range.outcome) ? (range.outcome as Kind) : 'lost');
         grid.kinds[at] = kinds.indexOf(kind);
@@ -55,17 +61,22 @@ export function describedGrid(tensor: Tensor, ranges: CoverageRange[]): { grid: 
       }
     }
   });
-  const totals = new Map<string, number>();
-  for (const index of why) if (index) totals.set(reasons[index - 1] ?? '', (totals.get(reasons[index - 1] ?? '') ?? 0) + 1);
-  return { grid, reason: (row, column) => reasons[(why[row * width + column] ?? 0) - 1] ?? '', totals: [...totals] };
+  const totals = new Map<number, Reason>();
+  why.forEach((index, at) => {
+    if (index === 0) return;
+    const total = totals.get(index);
+    if (total) total[1]++;
+    else totals.set(index, [reasons[index - 1] ?? '', 1, kinds[grid.kinds[at] ?? 0] ?? 'unbooked']);
+  });
+  return { grid, reason: (row, column) => reasons[(why[row * width + column] ?? 0) - 1] ?? '', totals: [...totals.values()] };
 }
 
-/** Why a row has no value, from the books; null where it was captured in full, or is not on them. */
-export function fates(ranges: CoverageRange[]): (site: string, position: number) => [Kind, string] | null {
+/** Why a row has no value, from the books; null where it was captured in full. `ended`: the request goes no further. */
+export function fates(ranges: CoverageRange[], ended: boolean): (site: string, position: number) => [Kind, string] | null {
   const bySite = new Map<string, CoverageRange[]>();
   for (const range of ranges.toSorted((a, b) => a.attempt - b.attempt)) bySite.set(range.site, [...(bySite.get(range.site) ?? []), range]);
   return (site, position) => {
-    let fate: [Kind, string] | null = null;
+    let fate: [Kind, string] | null = ['unbooked', unbooked(ended)];
     for (const r of bySite.get(site) ?? []) {
       const at = position - r.first;
       if (at < 0 || at % r.stride !== 0 || at / r.stride >= r.count) continue;

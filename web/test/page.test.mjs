@@ -98,21 +98,34 @@ describe('the page', { skip: skip || false, timeout: 600_000 }, () => {
       for (const [i, line] of lines.entries()) assert.ok(near(drawn[i], colourOf(line.rms, scale)), `layer ${line.layer}: ${drawn[i]} for rms ${line.rms} on ${JSON.stringify(scale)}`);
     });
     await accessible(tab, 'now');
-    // The live values as a file, and from the command as it was copied.
-    const { python, cli, file } = await take(tab);
+    // The live map as a file, and from the command and the Python as they were copied: each says of a site what some request of one token has there.
+    const { python, cli, file } = await take(tab, '.livemap .take');
     const csv = file.toString().split('\n').map((line) => line.split(','));
     assert.deepEqual(Object.fromEntries(csv.slice(1).map((line) => [line[0], line[csv[0].indexOf('rms')]])), Object.fromEntries((await page.list(`/stats?request=${latest.id}`)).map((line) => [line.site, String(line.rms)])));
-    const whole = (await page.list(`/stats?request=${latest.id}`)).length; // lines that a forward of one token has
-    let over = false;
-    const tail = start(`${cli.split('#')[0]} --json -n ${3 * whole}`).then((said) => ((over = true), said));
-    while (!over) await model.tell('forward 1'); // until it has come in and seen enough
-    const told = new Map();
-    for (const line of (await tail).trim().split('\n').map((text) => JSON.parse(text))) told.set(line.request, [...(told.get(line.request) ?? []), line]);
-    const [tailed] = [...told.keys()].filter((id) => told.get(id).length === whole);
-    assert.ok(tailed, `no request is whole: ${[...told].map(([id, of]) => `${id}: ${of.length}`)}`);
-    assert.deepEqual(new Map(told.get(tailed).map((line) => [line.site, line.rms])), new Map((await page.list(`/stats?request=${tailed}`)).map((line) => [line.site, line.rms])));
-    perform('cli', `${cli.split('# and: ')[1]} --once`, store.dir);
-    assert.equal(evaluate([{ text: python, expression: 'status' }])[0].attached[0].session, model.session);
+    let over = 0;
+    const ended = (said) => (over++, said);
+    const [maps, printed] = [start('cli', `${cli} --json -n 3`).then(ended), start('python', python, 2).then(ended)];
+    while (over < 2) await model.tell('forward 1'); // until they have come in and seen enough
+    const known = new Map();
+    for (const { id } of await page.list('/requests')) for (const line of await page.list(`/stats?request=${id}`)) known.set(line.site, (known.get(line.site) ?? new Set()).add(line.rms));
+    const seen = (await maps).trim().split('\n').map((text) => JSON.parse(text));
+    assert.equal(seen.length, 3);
+    for (const { session, sites } of seen) {
+      assert.equal(session, model.session);
+      for (const line of sites.filter((l) => l.rows === 1)) assert.ok(known.get(line.site).has(line.rms), `${line.site}: no request has rms ${line.rms}`);
+    }
+    assert.ok(seen.some(({ sites }) => sites.some((line) => line.rows === 1)));
+    const last = JSON.parse((await printed).split('\n')[1].replaceAll("'", '"'));
+    assert.deepEqual(Object.keys(last).filter((site) => !known.has(site)), []);
+    assert.ok(Object.keys(last).length >= 4 && Object.entries(last).some(([site, rms]) => known.get(site).has(rms)), JSON.stringify(last));
+    // What is around the map: rates, books, events.
+    const whole = await take(tab);
+    const { status, per_second } = JSON.parse(whole.file);
+    assert.ok(status.attached[0].session === model.session && per_second.tokens[0].values.length > 0);
+    const [top, events] = whole.cli.split('# and: ');
+    perform('cli', `${top} --once`, store.dir);
+    assert.match(perform('cli', `${events} --json -n 1`, store.dir), /"code":"attach"/);
+    assert.equal(evaluate([{ text: whole.python, expression: 'status' }])[0].attached[0].session, model.session);
     await picture(tab, 'now');
   });
 
@@ -282,6 +295,15 @@ describe('the page', { skip: skip || false, timeout: 600_000 }, () => {
     const span = await legend(tab, '[data-changes]');
     const moved = await pixels(tab, heads.map((h) => [h.layer, h.head]), '[data-changes]');
     for (const [i, h] of heads.entries()) assert.ok(near(moved[i], colourOf(h.previous_token - was(h).previous_token, span)), `layer ${h.layer} head ${h.head}: ${moved[i]} for ${h.previous_token} against ${was(h).previous_token}`);
+    // And by layer: which heads have become another kind, and how much more or less alike a layer is to the one before.
+    await tab.waitForSelector('.alike-changes .heat-cells');
+    const pairsBefore = await page.list(`/inspect/similarity?run=${other}&site=blocks.*.hook_resid_post`);
+    const change = (a, b) => pairs.find((q) => q.layer_a === a && q.layer_b === b).cosine - pairsBefore.find((q) => q.layer_a === a && q.layer_b === b).cosine;
+    const alikeSpan = await legend(tab, '.alike-changes');
+    const turned = await pixels(tab, pairs.map((q) => [q.layer_b, q.layer_a]), '.alike-changes');
+    for (const [i, q] of pairs.entries()) assert.ok(near(turned[i], colourOf(change(q.layer_a, q.layer_b), alikeSpan)), `layers ${q.layer_a} and ${q.layer_b}: ${turned[i]} for a change of ${change(q.layer_a, q.layer_b)}`);
+    const byLayer = await tab.locator('[data-layer-changes]').evaluateAll((rows) => rows.map((r) => [r.dataset.layerChanges, r.dataset.turned, r.dataset.step].map(Number)));
+    assert.deepEqual(byLayer, [0, 1, 2, 3].map((layer) => [layer, heads.filter((h) => h.layer === layer && was(h).kind !== h.kind).length, layer ? change(layer - 1, layer) : 0]));
     await accessible(tab, 'structure');
     await picture(tab, 'structure');
   });
@@ -315,7 +337,7 @@ describe('the page', { skip: skip || false, timeout: 600_000 }, () => {
     const expected = new Map();
     for (const range of ranges) {
       for (let i = 0; i < range.count; i++) {
-        const why = [...(range.outcome === 'captured' ? [] : [`${hurt}: ${range.outcome} (${range.reason})`]), ...(range.first + i * range.stride < 32 ? [] : [`${request} ends before`])].join('; ');
+        const why = [...(range.outcome === 'captured' ? [] : [`missing in a (${hurt}): ${range.outcome} (${range.reason})`]), ...(range.first + i * range.stride < 32 ? [] : [`missing in b (${request}): ends before`])].join('; ');
         if (why) expected.set(why, (expected.get(why) ?? 0) + 1);
       }
     }
@@ -324,6 +346,17 @@ describe('the page', { skip: skip || false, timeout: 600_000 }, () => {
       for (const [why, rows] of expected) assert.ok(said.includes(`${why}: ${rows} row`), `${said}: ${why} ${rows}`);
     });
     await picture(tab, 'compare-missing');
+    // A site that one of the two lacks altogether: on which side, and why.
+    const { request: fewer } = await model.tell('fewer');
+    for (const [a, b, side] of [[request, fewer, 'b'], [fewer, request, 'a']]) {
+      await tab.visit(`#/compare?a=${a}&b=${b}&site=blocks.*.hook_mlp_out`, '[data-site="blocks.2.hook_mlp_out"]');
+      const said = await tab.locator('[data-site="blocks.2.hook_mlp_out"]').innerText();
+      assert.match(said, new RegExp(`cannot be compared.*: missing in ${side} \\(${fewer}\\): its session does not capture this site`, 's'));
+      assert.ok(!said.includes('nowhere'), said);
+      const rows = said.match(/(\d+) rows?: missing/g).reduce((n, text) => n + parseInt(text), 0);
+      assert.equal(rows, Number(await tab.locator('.heat-cells').getAttribute('data-columns')));
+    }
+    await picture(tab, 'compare-lacking');
   });
 
   it('goes on when the session has ended: every view, light and dark', async () => {
@@ -346,8 +379,8 @@ describe('the page', { skip: skip || false, timeout: 600_000 }, () => {
   const views = () => {
     const [run, other] = [request, repeated].map((id) => id.split('.')[0]);
     return [['now', '#/now', 'text=No model is attached'], ['requests', '#/requests', 'tbody tr'], ['request', `#/request?id=${request}&stat=rms&cell=blocks.3.hook_resid_post:5`, '.vector [data-norm]'],
-      ['attention', `#/attention?id=${request}&layer=2&head=1`, '.heat-cells'], ['statistics', `#/statistics?run=${run}`, 'dd[data-norm]'],
-      ['structure', `#/structure?run=${run}&against=${other}`, 'section > .heat .heat-cells'], ['compare', `#/compare?a=${request}&b=${repeated}`, '.heat-cells']];
+      ['attention', `#/attention?id=${request}&layer=2&head=1`, '.heat-cells'], ['statistics', `#/statistics?run=${run}`, '[data-turn]'],
+      ['structure', `#/structure?run=${run}&against=${other}`, '.alike-changes .heat-cells'], ['compare', `#/compare?a=${request}&b=${repeated}`, '.heat-cells']];
   };
 
   it('gives the numbers that it shows: as Python, as a command, as a file', async () => {
@@ -356,7 +389,7 @@ describe('the page', { skip: skip || false, timeout: 600_000 }, () => {
     const api = { // of each view the numbers that were held against its drawing above, by the names that its Python gives them; the first are what its file holds
       requests: { rows: '/requests?latest=100' }, request: { rows: `/stats?request=${request}&site=blocks.*.hook_resid_post` },
       statistics: { rows: `/inspect/stats?run=${run}&site=blocks.*.hook_resid_post`, outliers: `/inspect/outliers?run=${run}&site=blocks.*.hook_resid_post`, alike: `/inspect/similarity?run=${run}&site=blocks.*.hook_resid_post` },
-      structure: { heads: `/inspect/heads?run=${run}`, others: `/inspect/heads?run=${other}`, alike: `/inspect/similarity?run=${run}` },
+      structure: { heads: `/inspect/heads?run=${run}`, others: `/inspect/heads?run=${other}`, alike: `/inspect/similarity?run=${run}`, others_alike: `/inspect/similarity?run=${other}` },
       compare: { rows: `/inspect/compare?a=${request}&b=${repeated}&site=blocks.*.hook_resid_post&per=row` },
     };
     const pythons = [];
@@ -374,6 +407,7 @@ describe('the page', { skip: skip || false, timeout: 600_000 }, () => {
           assert.equal(lines.length, Object.keys(expected).length, cli);
           for (const [i, line] of lines.entries()) assert.deepEqual(JSON.parse(perform('cli', `${line.trim()} --json`, work.dir)), Object.values(expected)[i], `${name}: ${line}`);
           if (name === 'request') assert.deepEqual(JSON.parse(perform('python', `import sys, io, json, pyarrow.parquet as p\nprint(json.dumps(p.read_table(io.BytesIO(sys.stdin.buffer.read()), use_threads=False, pre_buffer=False).column("rms").to_pylist()))`, work.dir, file)), expected.rows.map((r) => r.rms));
+          else if (['statistics', 'structure'].includes(name)) for (const [variable, lines] of Object.entries(expected)) assert.deepEqual(JSON.parse(file)[variable], lines, `${name}: ${variable} in the file`);
           else assert.deepEqual(JSON.parse(file).items, Object.values(expected)[0], `${name}: the file`);
         }
         for (const [of, within, variable, { values, shape }] of [['request', '.vector .take', 'vector', vector], ['attention', '.split .take', 'weights', weights]]) {

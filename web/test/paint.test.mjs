@@ -38,7 +38,7 @@ describe(`painting (DMI_TEST_SEED=${seed})`, () => {
       const grid = { width: columns, height: rows, values: new Float32Array(columns * rows), kinds: new Uint8Array(columns * rows) };
       const holes = next() < 0.5 ? 0 : next();
       for (let i = 0; i < columns * rows; i++) {
-        grid.kinds[i] = next() < holes ? 1 + below(7) : 0;
+        grid.kinds[i] = next() < holes ? 1 + below(8) : 0;
         grid.values[i] = grid.kinds[i] ? NaN : (next() - 0.3) * 10 ** below(4);
       }
       const x0 = below(columns);
@@ -70,7 +70,7 @@ describe(`painting (DMI_TEST_SEED=${seed})`, () => {
         } else {
           assert.ok(cells.length, `round ${round}: pixel ${p} of ${width} x ${height} has no cell of ${x1 - x0} x ${rows}`);
           const only = new Set(cells.map((i) => grid.kinds[i]));
-          if (only.size === 1 && only.has(7)) assert.equal(image.data[p], blank);
+          if (only.size === 1 && only.has(8)) assert.equal(image.data[p], blank);
           else assert.ok(image.data[p] === blank || image.data[p] === line);
         }
       }
@@ -79,11 +79,36 @@ describe(`painting (DMI_TEST_SEED=${seed})`, () => {
 
   it('every kind of missing value looks different from the others', () => {
     const looks = new Set();
-    for (let kind = 1; kind < 8; kind++) {
+    for (let kind = 1; kind < 9; kind++) {
       const image = { width: 24, height: 24, data: new Uint32Array(576) };
       paint.paint(image, { width: 1, height: 1, values: new Float32Array([NaN]), kinds: new Uint8Array([kind]) }, { x0: 0, x1: 1 }, { low: 0, high: 1, log: false, map: 'amount' }, paper, ink);
       looks.add([...image.data].map((p) => (p === line ? '#' : '.')).join(''));
     }
-    assert.equal(looks.size, 7);
+    assert.equal(looks.size, 8);
+    const blank = [...looks].filter((look) => !look.includes('#'));
+    assert.equal(blank.length, 1, 'only where there cannot be a value is nothing drawn');
+    for (const [at, kind] of paint.kinds.entries()) {
+      if (at === 0) continue;
+      const swatch = { width: 24, height: 24, data: new Uint32Array(576) };
+      paint.patch(swatch, kind, paper, ink);
+      assert.equal([...swatch.data].map((p) => (p === line ? '#' : '.')).join(''), [...looks][at - 1], `the legend's ${kind}`);
+    }
+  });
+
+  it('what has no value says why, and is hatched: on the books, on none, and beyond the end', async () => {
+    const { describedGrid, fates } = await vite.ssrLoadModule('/src/sites.ts');
+    const range = (site, first, count, outcome, reason, more = {}) => ({ request: 'r', site, first, count, stride: 1, outcome, reason, level: 'full', policy: 0, attempt: 0, expired_unix_ns: 0, ...more });
+    const tensor = { values: new Float32Array([1, NaN, 3, NaN, 5, NaN]), shape: [2, 3], positions: [[0, 3]], sites: ['a', 'b'] };
+    const books = [range('a', 0, 1, 'captured', ''), range('a', 1, 1, 'dropped', 'ring_full'), range('a', 2, 1, 'captured', ''), range('b', 0, 1, 'captured', '', { level: 'int8' }), range('b', 1, 1, 'captured', ''), range('b', 2, 1, 'captured', '')];
+    for (const [ended, beyond] of [[true, 'never computed: at this site the request ended before'], [false, 'not computed yet']]) {
+      const { grid, reason, totals } = describedGrid(tensor, books, 5, ended);
+      assert.deepEqual([grid.width, grid.height], [5, 2]);
+      assert.deepEqual([...grid.kinds].map((kind) => paint.kinds[kind]), ['value', 'dropped', 'value', 'unbooked', 'unbooked', 'skipped', 'value', 'nonfinite', 'unbooked', 'unbooked']);
+      assert.deepEqual([...grid.values].map(String), ['1', 'NaN', '3', 'NaN', 'NaN', 'NaN', '5', 'NaN', 'NaN', 'NaN']);
+      assert.deepEqual([reason(0, 1), reason(0, 3), reason(1, 0), reason(1, 2), reason(0, 0)], ['dropped (ring_full)', beyond, 'kept at level int8 only', 'no finite element', '']);
+      assert.deepEqual(totals.toSorted((x, y) => (x[0] < y[0] ? -1 : 1)), [['dropped (ring_full)', 1, 'dropped'], ['kept at level int8 only', 1, 'skipped'], [beyond, 4, 'unbooked'], ['no finite element', 1, 'nonfinite']].toSorted((x, y) => (x[0] < y[0] ? -1 : 1)));
+      const fate = fates(books, ended);
+      assert.deepEqual([fate('a', 0), fate('a', 1), fate('a', 4), fate('b', 0), fate('c', 0)], [null, ['dropped', 'dropped (ring_full)'], ['unbooked', beyond], ['skipped', 'kept at level int8 only'], ['unbooked', beyond]]);
+    }
   });
 });

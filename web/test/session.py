@@ -3,6 +3,7 @@
     generate N      a request of N new tokens
     forward N       a single forward of N tokens
     repeat N        a forward of N random tokens, twice over, in a run of its own
+    fewer           a forward of 5 tokens of which the residual stream alone is captured, in a session of its own
     drops           rows that are dropped: forwards in best-effort mode through a ring that is too small, in a session of their own
 """
 
@@ -83,6 +84,13 @@ def main() -> None:
             elif command == "repeat":
                 with session.record(labels={"what": "repeated"}):
                     llama(torch.randint(2, VOCABULARY, (1, n)).repeat(1, 2))
+            elif command == "fewer":
+                less = model()
+                with dmi.attach(less, hooks=["blocks.*.hook_resid_post"], store=store, text="text", tokenizer=Tokenizer()) as other:
+                    less(torch.randint(2, VOCABULARY, (1, 5)))
+                    other.flush()
+                    say(request=other.requests[-1], at=at)
+                continue
             elif command == "drops":
                 say(request=drops(store), at=at)
                 continue

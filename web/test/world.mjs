@@ -181,10 +181,14 @@ for each in json.load(sys.stdin):
     answers.append(eval(each["expression"], names))
 print(json.dumps(answers))`, undefined, JSON.stringify(all)));
 
-/** Runs a command line meanwhile. */
-export function start(line) {
-  const child = spawn('timeout', ['30', 'bash', '-c', line], { env: environment, stdio: ['ignore', 'pipe', 'inherit'] });
-  let said = '';
-  child.stdout.on('data', (text) => (said += text));
-  return new Promise((done) => child.on('exit', () => done(said)));
+/** Runs a command line, or a Python text, meanwhile; ends it when it has printed so many lines, where that is said. */
+export function start(kind, text, lines = Infinity) {
+  const child = spawn('timeout', ['60', ...(kind === 'cli' ? ['bash', '-c', text] : [python, '-c', text])], { env: environment, stdio: ['ignore', 'pipe', 'pipe'] });
+  let [said, complaints] = ['', ''];
+  child.stdout.on('data', (text) => {
+    said += text;
+    if (said.split('\n').length > lines) child.kill();
+  });
+  child.stderr.on('data', (text) => (complaints += text));
+  return new Promise((done) => child.on('exit', () => { if (!said) console.error(complaints); done(said); }));
 }

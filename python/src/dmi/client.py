@@ -119,7 +119,11 @@ class Client:
                 tell(said)
         return items
 
-    def _events(self, method: str, path: str, arguments: Arguments) -> Iterator[tuple[str, Any]]:
+    def follow(self, path: str, arguments: Arguments) -> Iterator[tuple[str, Any]]:
+        """Events as they come, until the engine stops."""
+        yield from self._events("GET", path, arguments, endless=True)
+
+    def _events(self, method: str, path: str, arguments: Arguments, *, endless: bool = False) -> Iterator[tuple[str, Any]]:
         """Events up to the result, and that. Raises EngineError where the work fails on the way."""
         with self._ask(method, path, arguments, accept="text/event-stream") as response:
             name = ""
@@ -136,7 +140,8 @@ class Client:
                         yield name, said
                         return
                     yield name, said
-        raise EngineError(f"{method} {path}: the engine ended before it was done; ask again", code="unreachable")
+        if not endless:
+            raise EngineError(f"{method} {path}: the engine ended before it was done; ask again", code="unreachable")
 
     def put(self, path: str, body: bytes) -> Any:
         with self._ask("PUT", path, {}, body) as response:

@@ -84,7 +84,7 @@ class Inspector:
 
     def compare(self, a: str, b: str, site: Key | None = None, *, tokens: Range = None, per: str = "site", tolerance: float | None = None) -> Rows:
         """Where two requests part, or the requests of two runs, in pairs: `a, b, site, layer, position, rows, differ, first, max_abs, relative, cosine,
-        mismatched, missing`, per "site" or per "row"."""
+        mismatched, missing, missing_a, missing_b`, per "site" or per "row"."""
         name, layer = _key(site) if site is not None else (None, None)
         return _found(self._client(), "compare", {"a": a, "b": b, "site": name, "layer": layer, "tokens": _range("tokens", tokens), "per": per, "tolerance": tolerance})
 

@@ -7,7 +7,7 @@ import os
 import shutil
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -169,6 +169,20 @@ class Store:
             if own is not None:
                 client.close()
                 own.stop()
+
+    def watch(self, site: str | None = None, *, session: str | None = None, request: str | None = None) -> Iterator[dict[str, Any]]:
+        """What passes at every site while a model runs, at most ten times a second, until the engine stops: `session, sent_unix_ns, seconds, tokens, dropped,
+        sites`, the last lines as of `Cache.stats`, a site's rows since the one before summed up. `site` may be a glob. Raises NotCapturedError where nothing is captured."""
+        for name, came in self._fresh().follow("/live/map", {"site": site, "session": session, "request": request}):
+            if name == "map":
+                yield came
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """What happens to the engine: attach, detach, drops, policy, governor, disk: `id, time, level, code, session, message`. The latest 256 first, then as
+        they come, until the engine stops. Raises NotCapturedError where nothing is captured."""
+        for name, event in self._fresh().follow("/live/events", {}):
+            if name == "event":
+                yield event
 
     def status(self) -> dict[str, Any]:
         """What the engine says of itself: version, books, rates, attached sessions, disk."""

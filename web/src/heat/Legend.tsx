@@ -1,5 +1,6 @@
 import { useEffect, useRef } from 'preact/hooks';
-import { shown, table, type Scale } from '../colour';
+import { shown, table, themed, type Scale } from '../colour';
+import { patch, type Kind } from './paint';
 
 /** Which colour is which value. */
 export function Legend({ scale, unit }: { scale: Scale; unit?: string }) {
@@ -19,12 +20,38 @@ export function Legend({ scale, unit }: { scale: Scale; unit?: string }) {
   );
 }
 
-/** How missing cells are drawn. */
-export function MissingLegend({ reasons }: { reasons: [string, number][] }) {
+/** Why cells have no value, how many of each, and how these are drawn. */
+export type Reason = [text: string, rows: number, kind: Kind];
+
+export function MissingLegend({ reasons }: { reasons: Reason[] }) {
   if (reasons.length === 0) return null;
   return (
-    <p class="quiet" data-missing>
-      Hatched: no value. {reasons.map(([reason, rows]) => `${reason}: ${rows} ${rows === 1 ? 'row' : 'rows'}`).join(', ')}.
+    <p class="quiet missing" data-missing>
+      <span>No value where hatched:</span>
+      {reasons.map(([reason, rows, kind]) => <span key={`${kind} ${reason}`} data-kind-of-missing={kind}><Swatch kind={kind} /> {reason}: {rows} {rows === 1 ? 'row' : 'rows'}</span>)}
     </p>
   );
+}
+
+function Swatch({ kind }: { kind: Kind }) {
+  const canvas = useRef<HTMLCanvasElement>(null);
+  useEffect(() => {
+    const paint = () => {
+      const element = canvas.current;
+      const pen = element?.getContext('2d');
+      if (!element || !pen) return;
+      const image = pen.createImageData(element.width, element.height);
+      patch({ width: image.width, height: image.height, data: new Uint32Array(image.data.buffer) }, kind, themed(element, '--paper'), themed(element, '--faint'));
+      pen.putImageData(image, 0, 0);
+    };
+    paint();
+    const dark = matchMedia('(prefers-color-scheme: dark)');
+    dark.addEventListener('change', paint);
+    addEventListener('dmi-theme', paint);
+    return () => {
+      dark.removeEventListener('change', paint);
+      removeEventListener('dmi-theme', paint);
+    };
+  }, [kind]);
+  return <canvas ref={canvas} class="swatch" width={24} height={12} aria-hidden="true" />;
 }

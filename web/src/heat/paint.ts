@@ -1,10 +1,10 @@
 // Paints a grid of values into pixels. What it costs is bounded by the canvas and by the cells in view, a few milliseconds: see decision 0005.
 import { place, table, type Colour, type Scale } from '../colour';
 
-/** Why a cell has no value. Each kind has its own hatching. */
-export const kinds = ['value', 'nonfinite', 'dropped', 'lost', 'skipped', 'not_computed', 'rejected', 'absent'] as const;
+/** Why a cell has no value. Each kind has its own hatching; only where there cannot be one, as for keys after their query, is the paper left blank. */
+export const kinds = ['value', 'nonfinite', 'dropped', 'lost', 'skipped', 'not_computed', 'rejected', 'unbooked', 'nothing'] as const;
 export type Kind = (typeof kinds)[number];
-const ABSENT = kinds.indexOf('absent');
+const NOTHING = kinds.indexOf('nothing');
 
 export interface Grid {
   width: number;
@@ -25,7 +25,7 @@ export interface Pixels {
   data: Uint32Array; // [row, column], as ImageData has them: little-endian, alpha first
 }
 
-/** Whether a pixel is ink, of each kind: crosses where a value is not finite, slants where rows were dropped or lost, lines and dots for the rest. */
+/** Whether a pixel is ink, of each kind: crosses where a value is not finite, slants where rows were dropped or lost, lines and dots for the rest, upright crosses for what is on no books. */
 const hatching: ((x: number, y: number) => boolean)[] = [
   () => false,
   (x, y) => (x + y) % 6 < 2 || (x - y + 6000) % 6 < 2,
@@ -34,8 +34,15 @@ const hatching: ((x: number, y: number) => boolean)[] = [
   (_, y) => y % 6 < 1,
   (x, y) => x % 6 === 0 && y % 6 === 0,
   (x) => x % 6 < 1,
+  (x, y) => (x % 6 < 3 && y % 6 === 1) || (x % 6 === 1 && y % 6 < 3),
   () => false,
 ];
+
+/** A patch of a kind's hatching, for a legend. */
+export function patch(into: Pixels, kind: Kind, paper: Colour, ink: Colour): void {
+  const is = hatching[kinds.indexOf(kind)];
+  for (let y = 0; y < into.height; y++) for (let x = 0; x < into.width; x++) into.data[y * into.width + x] = is?.(x, y) ? packed(ink) : packed(paper);
+}
 
 /** Which cells every pixel along an axis shows: pixel i those from [i] up to [i + 1] where several share a pixel, else the one under its middle. */
 function cellsOf(pixels: number, from: number, to: number, cells: number): { first: Int32Array; last: Int32Array } {
@@ -85,7 +92,7 @@ export function paint(into: Pixels, grid: Grid, view: View, scale: Scale, paper:
         }
         kindOf[x] = kind;
         data[at + x] = kind === 0 ? (colours[Math.round(place(scale, best) * 255)] as number) : blank;
-        hatched ||= kind !== 0 && kind !== ABSENT;
+        hatched ||= kind !== 0 && kind !== NOTHING;
       }
     } else {
       data.copyWithin(at, at - width, at);

@@ -1,5 +1,5 @@
 import { useEffect, useState } from 'preact/hooks';
-import type { EngineError } from '../engine';
+import type { EngineError, Far } from '../engine';
 
 export function Problem({ error, while: what }: { error: EngineError; while?: string }) {
   return (
@@ -10,12 +10,25 @@ export function Problem({ error, while: what }: { error: EngineError; while?: st
   );
 }
 
-/** What is waited for; after a second, for how long already, and how many lines have come. */
-export function Busy({ what, found }: { what: string; found?: number }) {
+/** What is waited for; after a second, for how long already, and how far it is. */
+export function Busy({ what, far }: { what: string; far?: Far | null }) {
   const [seconds, tick] = useState(0);
   useEffect(() => {
     const timer = setInterval(() => tick((n) => n + 1), 1000);
     return () => clearInterval(timer);
   }, []);
-  return <p class="busy"><span role="status">{what} …</span>{seconds > 0 && ` ${seconds} s${found ? `, ${found} lines so far` : ''}`}</p>;
+  return (
+    <p class="busy"><span role="status">{what} …</span>{seconds > 0 && ` ${seconds} s`}
+      {seconds > 0 && far?.stage && (
+        <>{', '}<progress max={1} value={far.share} aria-label={`${what}: ${far.stage}`} data-share={far.share} /> {far.stage} {Math.floor(100 * far.share)} %, {size(far.bytes)}{far.lines > 0 && `, ${far.lines} lines so far`}</>
+      )}
+    </p>
+  );
+}
+
+export function size(bytes: number): string {
+  const units = ['B', 'KiB', 'MiB', 'GiB', 'TiB'];
+  let at = 0;
+  for (; bytes >= 1024 && at < units.length - 1; at++) bytes /= 1024;
+  return `${at ? bytes.toFixed(1) : Math.round(bytes)} ${units[at]}`;
 }

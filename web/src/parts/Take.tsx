@@ -26,7 +26,7 @@ export function Take({ python, cli, file }: TakeProps) {
   const save = async () => {
     say('Downloading …');
     try {
-      const blob = 'path' in file ? await getBlob(file.path, file.args) : new Blob([file.text()], { type: 'text/csv' });
+      const blob = 'path' in file ? await getBlob(file.path, file.args) : new Blob([file.text()], { type: file.name.endsWith('.json') ? 'application/json' : 'text/csv' });
       const link = document.createElement('a');
       link.href = URL.createObjectURL(blob);
       link.download = file.name;

@@ -3,7 +3,8 @@ import { useMemo } from 'preact/hooks';
 import { go, type Address } from '../address';
 import { shown, table, type Scale } from '../colour';
 import { getJSON, getListOnce, getTensor, type Coverage, type RequestInfo, type Tensor } from '../engine';
-import { kinds, type Grid } from '../heat/paint';
+import { kinds, type Grid, type Kind } from '../heat/paint';
+import { MissingLegend, type Reason } from '../heat/Legend';
 import { HeatMap, type Cell } from '../heat/HeatMap';
 import { useAsked } from '../parts/asked';
 import { Busy, Problem } from '../parts/Problem';
@@ -39,7 +40,7 @@ export function Attention({ address }: { address: Address }) {
     return { layer, head, gaps: !tensor.complete, ...headGrid(tensor, coverage, first, Math.min(length, first + WINDOW)) };
   }, [id, site, head, first, length]);
   // Of a request that goes on, again each time it has doubled: all together cost no more than two of the whole.
-  const rows = useAsked((signal) => (patterns.length && length ? getListOnce<HeadRow>('/inspect/heads', { request: id }, signal) : Promise.resolve([])), [id, patterns.length, request.value?.ended_unix_ns ? 'whole' : Math.floor(Math.log2(length))]);
+  const rows = useAsked((signal, tell) => (patterns.length && length ? getListOnce<HeadRow>('/inspect/heads', { request: id }, signal, tell) : Promise.resolve([])), [id, patterns.length, request.value?.ended_unix_ns ? 'whole' : Math.floor(Math.log2(length))]);
   const kindOfHead = (h: Head) => {
     const row = rows.value?.find((r) => r.layer === h.layer && r.head === h.head);
     return row ? `${row.kind === 'other' ? 'no particular kind' : row.kind}${row.score === null ? '' : `, score ${shown(row.score)}`}` : rows.error ? `kind unknown: ${rows.error.message}` : '';
@@ -88,7 +89,7 @@ export function Attention({ address }: { address: Address }) {
           </div>
           <div>
             <h3>Layer {large.value?.layer ?? layer}, head {large.value?.head ?? head}</h3>
-            <p class="quiet" data-kind>{rows.busy && !rows.value ? 'Classifying the heads …' : <>On this request: {kindOfHead(large.value ?? { layer, head })}.</>}</p>
+            <p class="quiet" data-kind>{rows.busy && !rows.value ? `Classifying the heads …${rows.far ? ` ${Math.floor(100 * rows.far.share)} %` : ''}` : <>On this request: {kindOfHead(large.value ?? { layer, head })}.</>}</p>
             {large.error && <Problem error={large.error} while="Read the weights" />}
             {!large.value && !large.error && <Busy what="Reading the weights" />}
             {large.value && (
@@ -96,6 +97,7 @@ export function Attention({ address }: { address: Address }) {
                 rowLabel={(row) => String(first + row)} rowName={(row) => `query ${name(first + row)}`} columnName={(column) => `looks at ${name(column)}`} missing={(cell) => large.value?.reason(cell) ?? ''}
                 cursor={{ row: query - first, column: key ?? query }} onCursor={(cell) => show({ q: String(first + cell.row), k: String(cell.column) }, true)} />
             )}
+            {large.value && <MissingLegend reasons={large.value.totals} />}
             {large.value && <Looks request={r} grid={large.value.grid} row={query - first} query={query} onQuery={(position) => show({ q: String(position), from: String(Math.floor(position / WINDOW) * WINDOW) })} />}
             <Take python={`import dmi\ncache = dmi.open(${quote(path)}).cache(request=${quote(id)})\nweights = cache.get(${quote(site)}, heads=${head}${part ? `, tokens=slice(${first}, ${last})` : ''}${gaps ? ', partial=True' : ''})  # [head, query, key]`}
               cli={`dmi get --store ${shell(path)} --request ${shell(id)} --site ${shell(site)} --heads ${head}${part ? ` --tokens ${first}:${last}` : ''}${gaps ? ' --partial' : ''} --out weights.npy`}
@@ -108,10 +110,10 @@ export function Attention({ address }: { address: Address }) {
 }
 
 /** A head's weights as a grid of [query, key]; keys after their query are nothing, queries that are missing say why. */
-function headGrid(tensor: Tensor, coverage: Coverage, first: number, end: number): { grid: Grid; reason: (cell: Cell) => string } {
+function headGrid(tensor: Tensor, coverage: Coverage, first: number, end: number): { grid: Grid; totals: Reason[]; reason: (cell: Cell) => string } {
   const keys = tensor.shape[2] ?? 0;
   const height = end - first;
-  const grid: Grid = { width: keys, height, values: new Float32Array(height * keys).fill(NaN), kinds: new Uint8Array(height * keys).fill(kinds.indexOf('absent')) };
+  const grid: Grid = { width: keys, height, values: new Float32Array(height * keys).fill(NaN), kinds: new Uint8Array(height * keys).fill(kinds.indexOf('nothing')) };
   const there = new Set<number>();
   let row = 0;
   for (const [from, to] of tensor.positions) {
@@ -122,17 +124,23 @@ function headGrid(tensor: Tensor, coverage: Coverage, first: number, end: number
       for (let key = 0; key < own; key++) grid.kinds[(query - first) * keys + key] = Number.isFinite(tensor.values[row * keys + key]) ? 0 : kinds.indexOf('nonfinite');
     }
   }
-  const why = new Map<number, string>();
+  const why = new Map<number, [string, Kind]>();
+  const lacks = (query: number, text: string, kind: Kind) => {
+    why.set(query, [text, kind]);
+    grid.kinds.fill(kinds.indexOf(kind), (query - first) * keys, (query - first) * keys + Math.min(keys, query + 1));
+  };
+  for (let query = first; query < end; query++) if (!there.has(query)) lacks(query, 'not on the books', 'unbooked');
   for (const range of coverage.ranges ?? []) {
     if (range.outcome === 'captured') continue;
     for (let i = 0; i < range.count; i++) {
       const query = range.first + i * range.stride;
       if (there.has(query) || query < first || query >= end) continue;
-      why.set(query, `${range.outcome} (${range.reason})`);
-      grid.kinds.fill(Math.max(1, (kinds as readonly string[]).indexOf(range.outcome)), (query - first) * keys, (query - first) * keys + Math.min(keys, query + 1));
+      lacks(query, `${range.outcome} (${range.reason})`, (kinds as readonly string[]).includes(range.outcome) ? (range.outcome as Kind) : 'lost');
     }
   }
-  return { grid, reason: (cell) => (cell.column > first + cell.row ? 'the key comes after the query' : (why.get(first + cell.row) ?? 'not on the books')) };
+  const totals = new Map<string, Reason>();
+  for (const [text, kind] of why.values()) totals.set(text, [text, (totals.get(text)?.[1] ?? 0) + 1, kind]);
+  return { grid, totals: [...totals.values()], reason: (cell) => (cell.column > first + cell.row ? 'the key comes after the query' : (why.get(first + cell.row)?.[0] ?? 'not a finite weight')) };
 }
 
 /** The tokens that a query looks at, shaded by weight, and the strongest in words. */

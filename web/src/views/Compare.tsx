@@ -2,9 +2,9 @@
 import { useMemo } from 'preact/hooks';
 import { go, type Address } from '../address';
 import { fit, shown } from '../colour';
-import { getList, getListOnce, getJSON, type Coverage, type RequestInfo, type SiteInfo } from '../engine';
-import { kinds as missingKinds } from '../heat/paint';
-import { MissingLegend } from '../heat/Legend';
+import { EngineError, getList, getListOnce, getJSON, type Coverage, type RequestInfo, type SiteInfo } from '../engine';
+import { kinds as missingKinds, type Kind } from '../heat/paint';
+import { MissingLegend, type Reason } from '../heat/Legend';
 import { HeatMap, type Cell } from '../heat/HeatMap';
 import { useAsked } from '../parts/asked';
 import { Busy, Problem } from '../parts/Problem';
@@ -28,16 +28,22 @@ export function Compare({ address }: { address: Address }) {
   const b = address.args['b'] || (all.find(same) ?? all.find((r) => r.id !== a))?.id || '';
   const ours = useAsked((signal) => (a ? getJSON<RequestInfo>(`/requests/${encodeURIComponent(a)}`, {}, signal) : Promise.resolve(null)), [a]);
   const theirs = useAsked((signal) => (b ? getJSON<RequestInfo>(`/requests/${encodeURIComponent(b)}`, {}, signal) : Promise.resolve(null)), [b]);
-  const sites = useAsked((signal) => (a ? getList<SiteInfo>('/sites', { request: a }, signal) : Promise.resolve([])), [a]);
-  const kinds = useMemo(() => kindsOf((sites.value ?? []).filter(isNumeric)), [sites.value]);
+  const sites = useAsked((signal) => Promise.all([a, b].map((request) => (request ? getList<SiteInfo>('/sites', { request }, signal) : Promise.resolve([])))), [a, b]);
+  const every = useMemo(() => (sites.value ?? []).flat().filter(isNumeric), [sites.value]);
+  const kinds = useMemo(() => kindsOf(every), [every]);
   const site = address.args['site'] || kinds[0] || '';
   const measure = (address.args['measure'] || 'relative') as keyof typeof measures;
-  const rows = useAsked((signal, found) => (a && b && site ? getListOnce<Difference>('/inspect/compare', { a, b, site, per: 'row' }, signal, found) : Promise.resolve(null)), [a, b, site]);
+  const comparable = sites.value?.every((side) => side.some((s) => kindOf(s.name) === site)); // else there is nothing to ask: one of the two lacks them all
+  const rows = useAsked((signal, tell) => (a && b && site && comparable === false ? Promise.resolve([]) : a && b && site && comparable ? getListOnce<Difference>('/inspect/compare', { a, b, site, per: 'row' }, signal, tell) : Promise.resolve(null)), [a, b, site, comparable]);
   const length = Math.max(ours.value?.positions ?? 0, theirs.value?.positions ?? 0);
-  const names = useMemo(() => (sites.value ?? []).filter((s) => isNumeric(s) && kindOf(s.name) === site).sort((x, y) => (x.layer ?? -1) - (y.layer ?? -1)).map((s) => s.name), [sites.value, site]);
+  const names = useMemo(() => [...new Set(every.filter((s) => kindOf(s.name) === site).sort((x, y) => (x.layer ?? -1) - (y.layer ?? -1)).map((s) => s.name))], [every, site]);
   const lacking = rows.value !== null && rows.value.length < length * names.length;
-  const books = useAsked((signal) => (lacking ? Promise.all([a, b].map((request) => getJSON<Coverage>('/coverage', { request, site }, signal))) : Promise.resolve(null)), [a, b, site, lacking]);
-  const map = useMemo(() => (rows.value ? differences(rows.value, measure, names, length, [[a, ours.value?.positions ?? 0, books.value?.[0]], [b, theirs.value?.positions ?? 0, books.value?.[1]]]) : null), [rows.value, measure, names, length, books.value]);
+  const books = useAsked((signal) => (lacking ? Promise.all([a, b].map((request) => getJSON<Coverage>('/coverage', { request, site }, signal).catch((error: unknown) => { if (error instanceof EngineError && error.status === 404) return undefined; throw error; }))) : Promise.resolve(null)), [a, b, site, lacking]);
+  const map = useMemo(() => {
+    if (!rows.value || !sites.value) return null;
+    const side = (name: string, of: RequestInfo | null, i: number): Side => ({ name, id: of?.id ?? '', positions: of?.positions ?? 0, ended: Boolean(of?.ended_unix_ns), has: new Set(sites.value?.[i]?.map((s) => s.name)), books: books.value?.[i] });
+    return differences(rows.value, measure, names, length, [side('a', ours.value, 0), side('b', theirs.value, 1)]);
+  }, [rows.value, measure, names, length, books.value, ours.value, theirs.value]);
   if (requests.error) return <Problem error={requests.error} while="List the requests" />;
   if (requests.value?.length === 0) return <Empty />;
   if (!requests.value) return <Busy what="Listing the requests" />;
@@ -70,8 +76,9 @@ export function Compare({ address }: { address: Address }) {
       {!b && <p class="empty">There is only one request: nothing to compare it with yet.</p>}
       {ours.value && theirs.value && <p class="quiet" data-models>{modelOf(ours.value.session) === modelOf(theirs.value.session) ? `Both of ${modelOf(ours.value.session)}.` : `a: ${modelOf(ours.value.session)}; b: ${modelOf(theirs.value.session)}.`}</p>}
       {parts !== null && <p data-parts={parts}>{parts < 0 ? 'Both have the same tokens.' : `Their tokens part at ${parts}: ${word(parts)}.`}</p>}
+      {sites.error && <Problem error={sites.error} while="List the sites" />}
       {rows.error && <Problem error={rows.error} while={`Compare ${site}`} />}
-      {b && rows.busy && !rows.value && <Busy what={`Comparing ${site}`} found={rows.found} />}
+      {b && !rows.value && !rows.error && !sites.error && <Busy what={`Comparing ${site}`} far={rows.far} />}
       {map && map.grid.width > 0 && (
         <>
           <HeatMap name={`${measures[measure]} of ${site} between ${a} and ${b}: a row per layer, a column per token`} grid={map.grid} scale={fit(map.grid.values)} unit={measure}
@@ -79,8 +86,9 @@ export function Compare({ address }: { address: Address }) {
           <MissingLegend reasons={map.reasons} />
           <table class="list">
             <caption>where they part, site by site</caption>
-            <thead><tr><th scope="col">site</th><th scope="col">first differs at</th><th scope="col">rows that differ</th><th scope="col">greatest relative difference</th></tr></thead>
-            <tbody>{map.bySite.map((s) => <tr key={s.site} data-site={s.site}><th scope="row">{s.site}</th><td>{s.first === null ? 'nowhere' : word(s.first)}</td><td class="number">{s.differ} of {s.rows}{s.missing ? `, ${s.missing} missing` : ''}</td><td class="number">{shown(s.most)}</td></tr>)}</tbody>
+            <thead><tr><th scope="col">site</th><th scope="col">first differs at</th><th scope="col">rows that differ</th><th scope="col">greatest relative difference</th><th scope="col">missing</th></tr></thead>
+            <tbody>{map.bySite.map((s) => <tr key={s.site} data-site={s.site}><th scope="row">{s.site}</th><td>{s.rows === 0 ? 'cannot be compared' : s.first === null ? 'nowhere' : word(s.first)}</td><td class="number">{s.rows === 0 ? '' : `${s.differ} of ${s.rows}`}</td><td class="number">{s.rows === 0 ? '' : shown(s.most)}</td>
+              <td>{[...s.lacking].map(([why, n]) => `${n} ${n === 1 ? 'row' : 'rows'}: ${why}`).join(', ')}</td></tr>)}</tbody>
           </table>
         </>
       )}
@@ -100,25 +108,25 @@ function firstTokens(a: RequestInfo | null, b: RequestInfo | null): number | nul
   return a.tokens.length === b.tokens.length ? -1 : both;
 }
 
-/** `sites`: those of the kind. `length`: positions of the longer. `sides`: of each request its id, its positions, and its books where something is lacking. */
-function differences(rows: Difference[], measure: keyof typeof measures, sites: string[], length: number, sides: [string, number, Coverage | undefined][]) {
+/** One of the two: its books are asked for where something is lacking. */
+interface Side { name: string; id: string; positions: number; ended: boolean; has: Set<string>; books: Coverage | undefined }
+
+/** `sites`: those of the kind that one of the two has. `length`: positions of the longer. */
+function differences(rows: Difference[], measure: keyof typeof measures, sites: string[], length: number, sides: Side[]) {
   const lines = rows.filter((r) => r.position !== null);
   const width = sites.length ? lines.reduce((n, r) => Math.max(n, (r.position ?? 0) + 1), length) : 0;
   const values = new Float32Array(width * sites.length).fill(NaN);
-  const grid = { width, height: sites.length, values, kinds: new Uint8Array(width * sites.length).fill(missingKinds.indexOf('absent')) };
-  const bySite = sites.map((site) => ({ site, rows: 0, differ: 0, first: null as number | null, most: 0, missing: 0 }));
+  const grid = { width, height: sites.length, values, kinds: new Uint8Array(width * sites.length).fill(missingKinds.indexOf('unbooked')) };
+  const bySite = sites.map((site) => ({ site, rows: 0, differ: 0, first: null as number | null, most: 0, lacking: new Map<string, number>() }));
   const both = new Set<number>();
   for (const r of lines) {
     const row = sites.indexOf(r.site);
-    if (row < 0) continue;
     const sum = bySite[row];
+    if (!sum || r.rows === 0) continue;
     const at = row * width + (r.position ?? 0);
-    if (r.rows > 0) {
-      both.add(at);
-      values[at] = r[measure] ?? NaN;
-      grid.kinds[at] = Number.isNaN(values[at]) ? missingKinds.indexOf('nonfinite') : 0;
-    }
-    if (!sum) continue;
+    both.add(at);
+    values[at] = r[measure] ?? NaN;
+    grid.kinds[at] = Number.isNaN(values[at]) ? missingKinds.indexOf('nonfinite') : 0;
     sum.rows += r.rows;
     if (r.differ > 0) {
       sum.differ += r.differ;
@@ -126,26 +134,25 @@ function differences(rows: Difference[], measure: keyof typeof measures, sites: 
     }
     sum.most = Math.max(sum.most, r.relative ?? 0);
   }
+  const known = sides.map((side) => ({ ...side, fate: fates(side.books?.ranges ?? [], side.ended) }));
   const why = new Map<number, string>();
-  const totals = new Map<string, number>();
-  const known = sides.map(([id, positions, books]) => ({ id, positions, fate: books?.ranges ? fates(books.ranges) : null }));
+  const totals = new Map<string, Reason>();
   sites.forEach((site, row) => {
     for (let position = 0; position < width; position++) {
       const at = row * width + position;
       if (grid.kinds[at] === 0) continue;
-      const reasons = both.has(at) ? ['no finite element in both'] : known.flatMap(({ id, positions, fate }) => {
-        if (position >= positions) return [`${id} ends before`];
-        const found = fate?.(site, position);
-        if (!found) return [];
-        grid.kinds[at] = missingKinds.indexOf(found[0]);
-        return [`${id}: ${found[1]}`];
+      const reasons: [Kind, string][] = both.has(at) ? [['nonfinite', 'no finite element in both']] : known.flatMap(({ name, id, positions, has, books, fate }): [Kind, string][] => {
+        const [kind, text] = !has.has(site) ? ['skipped' as const, 'its session does not capture this site'] : position >= positions ? ['unbooked' as const, 'ends before'] : books ? (fate(site, position) ?? [null, '']) : [null, ''];
+        return kind ? [[kind, `missing in ${name} (${id}): ${text}`]] : [];
       });
-      const text = reasons.join('; ') || 'one of the two lacks this row';
+      const text = reasons.map(([, text]) => text).join('; ') || 'one of the two lacks this row';
+      const kind = reasons.at(-1)?.[0] ?? 'unbooked';
+      grid.kinds[at] = missingKinds.indexOf(kind);
       why.set(at, text);
-      totals.set(text, (totals.get(text) ?? 0) + 1);
-      const sum = bySite[row];
-      if (sum && !both.has(at)) sum.missing++;
+      totals.set(text, [text, (totals.get(text)?.[1] ?? 0) + 1, kind]);
+      const lacking = bySite[row]?.lacking;
+      if (lacking && !both.has(at)) lacking.set(text, (lacking.get(text) ?? 0) + 1);
     }
   });
-  return { sites, bySite, grid, reason: (c: Cell) => why.get(c.row * width + c.column) ?? '', reasons: [...totals] };
+  return { sites, bySite, grid, reason: (c: Cell) => why.get(c.row * width + c.column) ?? '', reasons: [...totals.values()] };
 }

@@ -23,10 +23,10 @@ function word(request: RequestInfo, id: number, text: string | null): string {
 export function Lens({ request, site, position, column, args }: { request: RequestInfo; site: string; position: number; column: boolean; args: Record<string, string> }) {
   const path = usePath();
   const asked = { request: request.id, tokens: `${position}:${position + 1}`, ...(column ? {} : { site }) };
-  const { value, error, busy } = useAsked((signal) => getListOnce<LensRow>('/inspect/lens', asked, signal), [request.id, site, position, column]);
+  const { value, error, busy, far } = useAsked((signal, tell) => getListOnce<LensRow>('/inspect/lens', asked, signal, tell), [request.id, site, position, column]);
   if (error?.status === 404 || error?.status === 400) return <p class="quiet" data-lens="none">No logit lens here: {error.message}. {error.hint}</p>;
   if (error) return <Problem error={error} while="Compute the logit lens" />;
-  if (!value) return busy ? <Busy what="Computing the logit lens" /> : null;
+  if (!value) return busy ? <Busy what="Computing the logit lens" far={far} /> : null;
   const rows = value.toSorted((a, b) => (b.layer ?? 0) - (a.layer ?? 0));
   const last = rows[0];
   if (!last) return <p class="quiet" data-lens="none">No logit lens here: no row of the residual stream was captured for this token.</p>;

@@ -7,12 +7,12 @@ import { kinds, type Grid } from '../heat/paint';
 import { HeatMap, type Cell } from '../heat/HeatMap';
 import { useAsked } from '../parts/asked';
 import { Chart } from '../parts/Chart';
-import { Busy, Problem } from '../parts/Problem';
+import { Busy, Problem, size } from '../parts/Problem';
 import { usePath } from '../parts/store';
 import { quote, shell, Take } from '../parts/Take';
 import { kindOf } from '../sites';
 import { statistics } from './Request';
-import { Empty, size } from './Requests';
+import { Empty } from './Requests';
 
 interface LiveMap { session: string; sent_unix_ns: number; seconds: number; tokens: number; dropped: number; sites: StatsRow[] }
 interface Point { at: number; tokens: number; bytes: Record<string, number> }
@@ -70,10 +70,12 @@ export function Now({ address }: { address: Address }) {
             <span class="quiet" data-behind={live.behind} data-following={live.following}>{latest ? `drawn ${live.behind.toFixed(0)} ms after the engine sent it; ${live.dropped} rows left out because this page was slow` : live.following ? 'waiting for the next token …' : 'asking for the live values …'}</span>
           </div>
           {map && scale && (
-            <HeatMap name={`${statistic} of what passed last, a row per kind of site, a column per layer`} grid={map.grid} scale={scale} unit={statistic} height={Math.max(72, map.grid.height * 22)}
+            <div class="livemap"><HeatMap name={`${statistic} of what passed last, a row per kind of site, a column per layer`} grid={map.grid} scale={scale} unit={statistic} height={Math.max(72, map.grid.height * 22)}
               rowLabel={(row) => map.rows[row]?.replace(/^blocks\.\*\.(attn\.|mlp\.)?/, '').replace('hook_', '') ?? ''} columnLabel={(column) => (map.columns[column] ?? '').replace('layer ', '')} columnName={(column) => map.columns[column] ?? ''} cursor={cursor}
-              missing={() => 'nothing of this site has passed since the page was opened'}
+              missing={(cell) => (map.name(cell) ? 'no finite element' : 'there is no such site, or nothing of it has passed since the page was opened')}
               onCursor={(cell: Cell) => go({ view: 'now', args: { ...address.args, site: map.name(cell) } }, true)} />
+            <Take python={`import dmi\nstore = dmi.open(${quote(path)})\nlast = {}  # ${statistic} of what passed last at every site, as the map has it\nfor came in store.watch(session=${quote(session)}):\n    last |= {row["site"]: row[${quote(statistic)}] for row in came["sites"]}\n    print(last, flush=True)`}
+              cli={`dmi tail --map --store ${shell(path)} --session ${shell(session)}`} file={{ name: `${session}.now.csv`, text: () => csvOf(latest) }} /></div>
           )}
         </>
       )}
@@ -96,9 +98,9 @@ export function Now({ address }: { address: Address }) {
         <p>Disk: {size(s.store.disk_free_bytes)} free, {size(s.store.segment_bytes)} in {s.store.segments} {s.store.segments === 1 ? 'segment' : 'segments'}; the oldest row that is not durable is {s.store.durable_lag_seconds.toFixed(1)} s old.</p>
       </div>
       {capturing && <Events />}
-      <Take python={`import dmi\nstore = dmi.open(${quote(path)})\nstatus = store.status()  # rates, books, how full; live rows: dmi tail`}
-        cli={`dmi tail --store ${shell(path)} --site '**'   # and: dmi top --store ${shell(path)}`}
-        file={{ name: 'now.csv', text: () => csvOf(latest) }} />
+      <Take python={`import dmi\nstore = dmi.open(${quote(path)})\nstatus = store.status()  # sessions, rates, books, how full${capturing ? '; what happens: for event in store.events()' : ''}`}
+        cli={`dmi top --store ${shell(path)}${capturing ? `   # and: dmi tail --events --store ${shell(path)}` : ''}`}
+        file={{ name: 'now.json', text: () => JSON.stringify({ status: s, per_second: curves }) }} />
     </section>
   );
 }
@@ -171,7 +173,7 @@ function layerMap(latest: Latest, statistic: string) {
   const layers = [...new Set(all.flatMap((row) => (row.layer === null ? [] : [row.layer])))].sort((a, b) => a - b);
   const alone = all.some((row) => row.layer === null);
   const width = layers.length + (alone ? 1 : 0);
-  const grid: Grid = { width, height: rows.length, values: new Float32Array(width * rows.length).fill(NaN), kinds: new Uint8Array(width * rows.length).fill(kinds.indexOf('absent')) };
+  const grid: Grid = { width, height: rows.length, values: new Float32Array(width * rows.length).fill(NaN), kinds: new Uint8Array(width * rows.length).fill(kinds.indexOf('nothing')) };
   const names = new Array<string>(width * rows.length).fill('');
   for (const row of all) {
     const at = rows.indexOf(kindOf(row.site)) * width + (row.layer === null ? layers.length : layers.indexOf(row.layer));

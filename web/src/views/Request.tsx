@@ -6,11 +6,11 @@ import { getJSON, getList, getTensor, type Coverage, type RequestInfo, type Site
 import { HeatMap, type Cell } from '../heat/HeatMap';
 import { MissingLegend } from '../heat/Legend';
 import { useAsked } from '../parts/asked';
-import { Busy, Problem } from '../parts/Problem';
+import { Busy, Problem, size } from '../parts/Problem';
 import { usePath, useStore } from '../parts/store';
 import { quote, shell, Take } from '../parts/Take';
 import { describedGrid, isNumeric, kindsOf, rowName, shortRow } from '../sites';
-import { Empty, requestTitle, size, useRequests, type Listed } from './Requests';
+import { Empty, requestTitle, useRequests, type Listed } from './Requests';
 import { Lens } from './Lens';
 import { Vector } from './Vector';
 
@@ -53,14 +53,15 @@ export function Request({ address }: { address: Address }) {
   const site = address.args['site'] || kinds[0] || '';
   const statistic = address.args['stat'] || 'l2';
   const length = request.value?.positions ?? 0;
+  const ended = Boolean(request.value?.ended_unix_ns);
   const asked = useAsked(async (signal) => {
     if (!id || !site || length === 0) return null;
     const [tensor, coverage] = await Promise.all([
       getTensor('/grid', { request: id, site, statistic }, signal),
       getJSON<Coverage>('/coverage', { request: id, site }, signal),
     ]);
-    return { tensor, site, statistic, ...describedGrid(tensor, coverage.ranges ?? []), scale: fit(tensor.values) };
-  }, [id, site, statistic, length]);
+    return { tensor, site, statistic, ...describedGrid(tensor, coverage.ranges ?? [], length, ended), scale: fit(tensor.values) };
+  }, [id, site, statistic, length, ended]);
   const map = { ...asked, value: asked.value?.site === site ? asked.value : null }; // another site's rows are not these
   const args = { id, site, stat: statistic, lens: address.args['lens'] ?? '' };
   const chosen = parseCell(address.args['cell']);

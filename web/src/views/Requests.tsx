@@ -3,7 +3,7 @@ import { formatAddress } from '../address';
 import { getJSON, getList, type RequestInfo, type SessionInfo } from '../engine';
 import { useEffect, useState } from 'preact/hooks';
 import { useAsked } from '../parts/asked';
-import { Busy, Problem } from '../parts/Problem';
+import { Busy, Problem, size } from '../parts/Problem';
 import { usePath, useStore } from '../parts/store';
 import { quote, shell, Take } from '../parts/Take';
 import type { RunInfo } from './runs';
@@ -23,7 +23,7 @@ async function know<T extends { id: string }>(known: Map<string, T>, path: strin
 }
 
 /** What a session observed, in a few words: the model, its class and dtype. */
-export const modelOf = (session: string): string => ['name', 'class', 'dtype'].flatMap((key) => { const v = sessions.get(session)?.model[key]; return typeof v === 'string' ? [v] : []; }).join(', ');
+export const modelOf = (session: string): string => [...new Set(['name', 'class', 'dtype'].flatMap((key) => { const v = sessions.get(session)?.model[key]; return typeof v === 'string' ? [v] : []; }))].join(', ');
 
 export function useRequests(every = 0) {
   return useAsked(async (signal): Promise<Listed[]> => {
@@ -61,13 +61,6 @@ function useEndings(list: Listed[] | null): Map<string, string> {
     return () => abort.abort();
   }, [ids]);
   return endings;
-}
-
-export function size(bytes: number): string {
-  const units = ['B', 'KiB', 'MiB', 'GiB', 'TiB'];
-  let at = 0;
-  for (; bytes >= 1024 && at < units.length - 1; at++) bytes /= 1024;
-  return `${at ? bytes.toFixed(1) : Math.round(bytes)} ${units[at]}`;
 }
 
 export function Requests() {

@@ -2,7 +2,7 @@
 import { useMemo } from 'preact/hooks';
 import { formatAddress, go, type Address } from '../address';
 import { fit, shown } from '../colour';
-import { getListOnce, type EngineError } from '../engine';
+import { getListOnce, type EngineError, type Far } from '../engine';
 import { HeatMap } from '../heat/HeatMap';
 import { useAsked } from '../parts/asked';
 import { Chart } from '../parts/Chart';
@@ -30,13 +30,14 @@ export function Statistics({ address }: { address: Address }) {
   const numeric = useMemo(() => (sites.value ?? []).filter(isNumeric), [sites.value]);
   const kinds = useMemo(() => kindsOf(numeric), [numeric]);
   const kind = address.args['site'] || kinds[0] || '';
-  const stats = useAsked((signal, found) => (run && kind ? getListOnce<Distribution>('/inspect/stats', { run, site: kind }, signal, found) : Promise.resolve([])), [run, kind]);
+  const stats = useAsked((signal, tell) => (run && kind ? getListOnce<Distribution>('/inspect/stats', { run, site: kind }, signal, tell) : Promise.resolve([])), [run, kind]);
   const vectors = numeric.some((s) => kindOf(s.name) === kind && s.axes.length === 2);
-  const outliers = useAsked((signal, found) => (run && kind && vectors ? getListOnce<Outlier>('/inspect/outliers', { run, site: kind }, signal, found) : Promise.resolve([])), [run, kind, vectors]);
+  const outliers = useAsked((signal, tell) => (run && kind && vectors ? getListOnce<Outlier>('/inspect/outliers', { run, site: kind }, signal, tell) : Promise.resolve([])), [run, kind, vectors]);
   const layered = vectors && numeric.filter((s) => kindOf(s.name) === kind && s.layer !== null).length > 1;
-  const alike = useAsked((signal, found) => (run && kind && layered ? getListOnce<Pair>('/inspect/similarity', { run, site: kind }, signal, found) : Promise.resolve([])), [run, kind, layered]);
+  const first = stats.value !== null && outliers.value !== null; // what is read from top to bottom comes in that order: the cosines cost more than the rest
+  const alike = useAsked((signal, tell) => (run && kind && layered && first ? getListOnce<Pair>('/inspect/similarity', { run, site: kind }, signal, tell) : Promise.resolve(null)), [run, kind, layered, first]);
   const mixture = (sites.value ?? []).some((s) => s.name.endsWith('hook_expert_indices'));
-  const router = useAsked((signal, found) => (run && mixture ? getListOnce<Load>('/inspect/router', { run }, signal, found) : Promise.resolve([])), [run, mixture]);
+  const router = useAsked((signal, tell) => (run && mixture ? getListOnce<Load>('/inspect/router', { run }, signal, tell) : Promise.resolve([])), [run, mixture]);
   if (runs.error) return <Problem error={runs.error} while="List the runs" />;
   if (runs.value?.length === 0) return <Empty />;
   if (!runs.value || !sites.value) return <Busy what="Reading the runs" />;
@@ -53,7 +54,7 @@ export function Statistics({ address }: { address: Address }) {
         <label>site <select value={kind} onChange={(event) => go({ view: 'statistics', args: { run, site: event.currentTarget.value } })}>{kinds.map((k) => <option key={k} value={k}>{k}</option>)}</select></label>
       </div>
       {stats.error && <Problem error={stats.error} while={`Sum up ${kind}`} />}
-      {stats.busy && rows.length === 0 && <Busy what={`Summing up ${kind}`} found={stats.found} />}
+      {stats.busy && rows.length === 0 && <Busy what={`Summing up ${kind}`} far={stats.far} />}
       {rows.length > 0 && (
         <>
           <div class="pair">
@@ -67,7 +68,7 @@ export function Statistics({ address }: { address: Address }) {
                 series={(['p01', 'p25', 'p50', 'p75', 'p99'] as const).map((p) => ({ label: p, values: rows.map((r) => r[p]) }))} />
             </div>
           </div>
-          {layered && <Turns run={run} pairs={alike.value} error={alike.error} busy={alike.busy} found={alike.found} />}
+          {layered && <Turns run={run} pairs={alike.value} error={alike.error} busy={alike.busy || !first} far={alike.far} />}
           {picked && (
             <>
               <div class="controls">
@@ -92,23 +93,24 @@ export function Statistics({ address }: { address: Address }) {
           )}
         </>
       )}
-      {vectors && <Outliers list={outliers.value} error={outliers.error} busy={outliers.busy} found={outliers.found} />}
+      {vectors && <Outliers list={outliers.value} error={outliers.error} busy={outliers.busy} far={outliers.far} />}
       {mixture && router.value && router.value.length > 0 && <Router loads={router.value} />}
-      <Take python={`import dmi\nstore = dmi.open(${quote(path)})\nrows = store.inspect.stats(${quote(kind)}, run=${quote(run)})${vectors ? `\noutliers = store.inspect.outliers(${quote(kind)}, run=${quote(run)})` : ''}${layered ? `\nalike = store.inspect.similarity(${quote(kind)}, run=${quote(run)})` : ''}`}
-        cli={`dmi inspect stats --store ${shell(path)} --run ${shell(run)} --site ${shell(kind)}${vectors ? `   # and: dmi inspect outliers --store ${shell(path)} --run ${shell(run)} --site ${shell(kind)}` : ''}${layered ? `   # and: dmi inspect similarity --store ${shell(path)} --run ${shell(run)} --site ${shell(kind)}` : ''}`} file={{ name: `${run}.${kind.replaceAll('*', 'N')}.json`, path: '/inspect/stats', args: { run, site: kind } }} />
+      <Take python={`import dmi\nstore = dmi.open(${quote(path)})\nrows = store.inspect.stats(${quote(kind)}, run=${quote(run)})${vectors ? `\noutliers = store.inspect.outliers(${quote(kind)}, run=${quote(run)})` : ''}${layered ? `\nalike = store.inspect.similarity(${quote(kind)}, run=${quote(run)})` : ''}${mixture ? `\nrouter = store.inspect.router(run=${quote(run)})` : ''}`}
+        cli={`dmi inspect stats --store ${shell(path)} --run ${shell(run)} --site ${shell(kind)}${vectors ? `   # and: dmi inspect outliers --store ${shell(path)} --run ${shell(run)} --site ${shell(kind)}` : ''}${layered ? `   # and: dmi inspect similarity --store ${shell(path)} --run ${shell(run)} --site ${shell(kind)}` : ''}${mixture ? `   # and: dmi inspect router --store ${shell(path)} --run ${shell(run)}` : ''}`}
+        file={{ name: `${run}.${kind.replaceAll('*', 'N')}.json`, text: () => JSON.stringify({ run, site: kind, rows: stats.value, ...(vectors ? { outliers: outliers.value } : {}), ...(layered ? { alike: alike.value } : {}), ...(mixture ? { router: router.value } : {}) }) }} />
     </section>
   );
 }
 
 /** How far each layer turns what it was given: the cosine of a row after it with the one after the layer before, mean over rows. */
-function Turns({ run, pairs, error, busy, found }: { run: string; pairs: Pair[] | null; error: EngineError | null; busy: boolean; found: number }) {
+function Turns({ run, pairs, error, busy, far }: { run: string; pairs: Pair[] | null; error: EngineError | null; busy: boolean; far: Far | null }) {
   const steps = useMemo(() => {
     const layers = [...new Set((pairs ?? []).map((p) => p.layer_a))].sort((a, b) => (a ?? 0) - (b ?? 0));
     return (pairs ?? []).filter((p) => layers.indexOf(p.layer_b) === layers.indexOf(p.layer_a) + 1).sort((a, b) => (a.layer_a ?? 0) - (b.layer_a ?? 0));
   }, [pairs]);
   const least = steps.reduce<Pair | null>((least, p) => (p.cosine !== null && (least?.cosine ?? 2) > p.cosine ? p : least), null);
   if (error) return <Problem error={error} while="Compare the layers" />;
-  if (!pairs) return busy ? <Busy what="Comparing the layers" found={found} /> : null;
+  if (!pairs) return busy ? <Busy what="Comparing the layers" far={far} /> : null;
   return (
     <>
       <h3>Cosine with the layer before</h3>
@@ -118,7 +120,7 @@ function Turns({ run, pairs, error, busy, found }: { run: string; pairs: Pair[] 
   );
 }
 
-function Outliers({ list, error, busy, found }: { list: Outlier[] | null; error: EngineError | null; busy: boolean; found: number }) {
+function Outliers({ list, error, busy, far }: { list: Outlier[] | null; error: EngineError | null; busy: boolean; far: Far | null }) {
   const top = useMemo(() => (list ?? []).filter((o) => o.kind !== 'dead').sort((a, b) => (b.absmax ?? 0) - (a.absmax ?? 0)).slice(0, SHOWN), [list]);
   const dead = useMemo(() => {
     const byLayer = new Map<string, number>();
@@ -126,7 +128,7 @@ function Outliers({ list, error, busy, found }: { list: Outlier[] | null; error:
     return [...byLayer];
   }, [list]);
   if (error) return <Problem error={error} while="Look for outliers" />;
-  if (!list) return busy ? <Busy what="Looking for outliers" found={found} /> : null;
+  if (!list) return busy ? <Busy what="Looking for outliers" far={far} /> : null;
   return (
     <>
       <h3>Dimensions that stand out</h3>

@@ -18,6 +18,8 @@ export interface Pair { site_a: string; site_b: string; layer_a: number | null; 
 const scores: Record<string, keyof HeadRow> = { 'previous-token': 'previous_token', induction: 'induction', 'duplicate-token': 'duplicate_token', 'first-token-sink': 'first_token_sink' };
 const share: Scale = { low: 0, high: 1, log: false, map: 'amount' };
 const BEST = 12;
+const measures = { cosine: 'cosine of the rows, mean', cka: 'linear CKA' } as const;
+type Measure = keyof typeof measures;
 
 export function Structure({ address }: { address: Address }) {
   const path = usePath();
@@ -25,15 +27,17 @@ export function Structure({ address }: { address: Address }) {
   const kind = address.args['kind'] || 'previous-token';
   const patterns = (sites.value ?? []).some((s) => s.name.endsWith('hook_pattern'));
   const residuals = (sites.value ?? []).filter((s) => s.name.endsWith('hook_resid_post')).length;
-  const heads = useAsked((signal, found) => (run && patterns ? getListOnce<HeadRow>('/inspect/heads', { run }, signal, found) : Promise.resolve([])), [run, patterns]);
+  const heads = useAsked((signal, tell) => (run && patterns ? getListOnce<HeadRow>('/inspect/heads', { run }, signal, tell) : Promise.resolve([])), [run, patterns]);
   const requests = useAsked((signal) => (run ? getJSON<{ items: { id: string }[] }>('/requests', { run, latest: 1 }, signal) : Promise.resolve({ items: [] })), [run]);
   const measure = address.args['measure'] || 'cosine';
-  const pairs = useAsked((signal, found) => (run && residuals > 1 ? getListOnce<Pair>('/inspect/similarity', { run, site: 'blocks.*.hook_resid_post' }, signal, found) : Promise.resolve([])), [run, residuals]);
+  const pairs = useAsked((signal, tell) => (run && residuals > 1 ? getListOnce<Pair>('/inspect/similarity', { run, site: 'blocks.*.hook_resid_post' }, signal, tell) : Promise.resolve([])), [run, residuals]);
   const other = address.args['against'] ?? '';
-  const theirs = useAsked((signal, found) => (other && patterns ? getListOnce<HeadRow>('/inspect/heads', { run: other }, signal, found) : Promise.resolve(null)), [other, patterns]);
+  const theirs = useAsked((signal, tell) => (other && patterns ? getListOnce<HeadRow>('/inspect/heads', { run: other }, signal, tell) : Promise.resolve(null)), [other, patterns]);
+  const theirPairs = useAsked((signal, tell) => (other && residuals > 1 ? getListOnce<Pair>('/inspect/similarity', { run: other, site: 'blocks.*.hook_resid_post' }, signal, tell) : Promise.resolve(null)), [other, residuals]);
   const map = useMemo(() => headMap(heads.value ?? [], kind), [heads.value, kind]);
   const changed = useMemo(() => changes(heads.value ?? [], theirs.value ?? [], kind), [heads.value, theirs.value, kind]);
-  const alike = useMemo(() => pairMap(pairs.value ?? [], measure as 'cosine' | 'cka'), [pairs.value, measure]);
+  const alike = useMemo(() => pairMap(pairs.value ?? [], measure as Measure), [pairs.value, measure]);
+  const turned = useMemo(() => pairChanges(pairs.value ?? [], theirPairs.value ?? [], measure as Measure), [pairs.value, theirPairs.value, measure]);
   if (runs.error) return <Problem error={runs.error} while="List the runs" />;
   if (runs.value?.length === 0) return <Empty />;
   if (!runs.value || !sites.value) return <Busy what="Reading the runs" />;
@@ -53,7 +57,7 @@ export function Structure({ address }: { address: Address }) {
       <h3>Kinds of attention heads</h3>
       {!patterns && <p class="empty">No attention pattern was captured in this run: attach with <code>hooks=["blocks.*.attn.hook_pattern"]</code>.</p>}
       {heads.error && <Problem error={heads.error} while="Classify the heads" />}
-      {patterns && heads.busy && !heads.value && <Busy what="Classifying the heads" found={heads.found} />}
+      {patterns && heads.busy && !heads.value && <Busy what="Classifying the heads" far={heads.far} />}
       {map.grid.height > 0 && (
         <>
           <div class="controls">
@@ -76,21 +80,32 @@ export function Structure({ address }: { address: Address }) {
           </div>
         </>
       )}
-      {other && <Changes other={other} error={theirs.error} busy={theirs.busy && !theirs.value} changed={changed} kind={kind} />}
       <h3>How alike the layers are</h3>
       {residuals < 2 && <p class="empty">The residual stream of fewer than two layers was captured in this run.</p>}
       {pairs.error && <Problem error={pairs.error} while="Compare the layers" />}
-      {residuals > 1 && pairs.busy && !pairs.value && <Busy what="Comparing the layers" found={pairs.found} />}
+      {residuals > 1 && pairs.busy && !pairs.value && <Busy what="Comparing the layers" far={pairs.far} />}
       {alike.grid.height > 0 && (
         <>
-          <div class="controls"><label>measure <select value={measure} onChange={(event) => go({ view: 'structure', args: { ...args, measure: event.currentTarget.value } })}><option value="cosine">cosine of the rows, mean</option><option value="cka">linear CKA</option></select></label></div>
+          <div class="controls"><label>measure <select value={measure} onChange={(event) => go({ view: 'structure', args: { ...args, measure: event.currentTarget.value } })}>{Object.entries(measures).map(([name, title]) => <option key={name} value={name}>{title}</option>)}</select></label></div>
           <HeatMap name={`${measure} between the residual streams of every two layers`} grid={alike.grid} scale={{ ...share, low: Math.min(0, alike.least) }} unit={measure} rowLabel={(row) => String(alike.layers[row])} rowName={(row) => `layer ${alike.layers[row]}`} columnLabel={(column) => String(alike.layers[column])} columnName={(column) => `layer ${alike.layers[column]}`}
             missing={() => 'not a number for this pair'} square cursor={null} onCursor={() => undefined} />
         </>
       )}
-      <Take python={`import dmi\nstore = dmi.open(${quote(path)})\nheads = store.inspect.heads(run=${quote(run)})${other ? `\nothers = store.inspect.heads(run=${quote(other)})` : ''}\nalike = store.inspect.similarity(run=${quote(run)})`}
-        cli={`dmi inspect heads --store ${shell(path)} --run ${shell(run)}${other ? `   # and: dmi inspect heads --store ${shell(path)} --run ${shell(other)}` : ''}   # and: dmi inspect similarity --store ${shell(path)} --run ${shell(run)}`}
-        file={{ name: `${run}.heads.json`, path: '/inspect/heads', args: { run } }} />
+      {other && (
+        <>
+          <h3>What changed against run {other}</h3>
+          {theirs.error && <Problem error={theirs.error} while="Classify the other run's heads" />}
+          {theirPairs.error && <Problem error={theirPairs.error} while="Compare the other run's layers" />}
+          {patterns && theirs.busy && !theirs.value && <Busy what="Classifying the other run's heads" far={theirs.far} />}
+          {residuals > 1 && theirPairs.busy && !theirPairs.value && <Busy what="Comparing the other run's layers" far={theirPairs.far} />}
+          <ByLayer changed={changed.all} turned={turned} kind={kind} measure={measure as Measure} />
+          {theirs.value && <HeadChanges changed={changed} kind={kind} />}
+          {theirPairs.value && <PairChanges turned={turned} measure={measure as Measure} />}
+        </>
+      )}
+      <Take python={`import dmi\nstore = dmi.open(${quote(path)})\nheads = store.inspect.heads(run=${quote(run)})${other ? `\nothers = store.inspect.heads(run=${quote(other)})` : ''}\nalike = store.inspect.similarity(run=${quote(run)})${other ? `\nothers_alike = store.inspect.similarity(run=${quote(other)})` : ''}`}
+        cli={`dmi inspect heads --store ${shell(path)} --run ${shell(run)}${other ? `   # and: dmi inspect heads --store ${shell(path)} --run ${shell(other)}` : ''}   # and: dmi inspect similarity --store ${shell(path)} --run ${shell(run)}${other ? `   # and: dmi inspect similarity --store ${shell(path)} --run ${shell(other)}` : ''}`}
+        file={{ name: `${run}.structure.json`, text: () => JSON.stringify({ run, heads: heads.value, alike: pairs.value, ...(other ? { against: other, others: theirs.value, others_alike: theirPairs.value } : {}) }) }} />
     </section>
   );
 }
@@ -112,32 +127,77 @@ function changes(ours: HeadRow[], theirs: HeadRow[], kind: string) {
 
 const headless: HeadRow = { site: '', layer: null, head: 0, kind: '', score: null, previous_token: null, induction: null, duplicate_token: null, first_token_sink: null };
 
-function Changes({ other, error, busy, changed, kind }: { other: string; error: import('../engine').EngineError | null; busy: boolean; changed: ReturnType<typeof changes>; kind: string }) {
-  const most = changed.all.reduce((n, c) => Math.max(n, Math.abs(c.by ?? 0)), 0);
-  const turned = changed.all.filter((c) => c.before !== c.after).length;
+/** Where the differences are: of every layer how many heads have become another kind, the score that moved most, and its likeness to the layer before. */
+function ByLayer({ changed, turned, kind, measure }: { changed: Change[]; turned: ReturnType<typeof pairChanges>; kind: string; measure: Measure }) {
+  const layers = [...new Set([...changed.map((c) => c.layer), ...turned.layers])].sort((a, b) => a - b);
+  if (layers.length === 0) return null;
   return (
-    <>
-      <h3>What changed against run {other}</h3>
-      {error && <Problem error={error} while="Classify the other run's heads" />}
-      {busy && <Busy what="Classifying the other run's heads" />}
-      {!busy && !error && changed.all.length === 0 && <p class="empty">The other run has no head in common with this one.</p>}
-      {changed.all.length > 0 && (
-        <div class="split even" data-changes={turned}>
-          <HeatMap name={`${kind} score, this run's less the other's: a row per layer, a column per head`} grid={changed.grid} scale={{ low: -Math.max(most, 1e-6), high: Math.max(most, 1e-6), log: false, map: 'signed' }} unit={`${kind}, change`}
-            rowLabel={(row) => String(changed.layers[row])} rowName={(row) => `layer ${changed.layers[row]}`} columnName={(head) => `head ${head}`} missing={() => 'no score in one of the two'} cursor={null} onCursor={() => undefined} />
-          <table class="list">
-            <caption>{turned === 0 ? 'Every head is of the same kind in both; the greatest changes of its score:' : `${turned} ${turned === 1 ? 'head is' : 'heads are'} of another kind`}</caption>
-            <thead><tr><th scope="col">layer</th><th scope="col">head</th><th scope="col">in the other run</th><th scope="col">in this</th><th scope="col">change of the score</th></tr></thead>
-            <tbody>{changed.all.slice(0, BEST).map((c) => <tr key={`${c.layer} ${c.head}`} data-change={`${c.layer}.${c.head}`}><td class="number">{c.layer}</td><td class="number">{c.head}</td><td>{c.before}</td><td>{c.after}</td><td class="number">{c.by === null ? '' : shown(c.by)}</td></tr>)}</tbody>
-          </table>
-        </div>
-      )}
-    </>
+    <table class="list">
+      <caption>by layer</caption>
+      <thead><tr><th scope="col">layer</th><th scope="col">heads of another kind</th><th scope="col">{kind} score that moved most</th><th scope="col">{measure} with the layer before: in the other run</th><th scope="col">in this</th><th scope="col">change</th></tr></thead>
+      <tbody>{layers.map((layer) => {
+        const own = changed.filter((c) => c.layer === layer);
+        const others = own.filter((c) => c.before !== c.after);
+        const most = own.reduce<Change | null>((m, c) => (c.by !== null && Math.abs(c.by) > Math.abs(m?.by ?? 0) ? c : m), null);
+        const step = turned.steps.find((s) => s.layer === layer);
+        return (
+          <tr key={layer} data-layer-changes={layer} data-turned={others.length} data-step={step?.by ?? ''}>
+            <td class="number">{layer}</td><td>{own.length === 0 ? 'not in both' : others.map((c) => `${c.head}: ${c.before} → ${c.after}`).join(', ') || 'none'}</td>
+            <td>{most ? `head ${most.head}: ${shown(most.by ?? NaN)}` : own.length ? 'none' : ''}</td>
+            <td class="number">{step ? shown(step.before ?? NaN) : ''}</td><td class="number">{step ? shown(step.after ?? NaN) : ''}</td><td class="number">{step ? shown(step.by ?? NaN) : ''}</td>
+          </tr>
+        );
+      })}</tbody>
+    </table>
   );
 }
 
+/** A scale around 0 that holds all of some changes. */
+const around = (values: (number | null)[]): Scale => {
+  const most = Math.max(1e-6, ...values.map((v) => Math.abs(v ?? 0)).filter(Number.isFinite));
+  return { low: -most, high: most, log: false, map: 'signed' };
+};
+
+function HeadChanges({ changed, kind }: { changed: ReturnType<typeof changes>; kind: string }) {
+  const turned = changed.all.filter((c) => c.before !== c.after).length;
+  if (changed.all.length === 0) return <p class="empty">The other run has no head in common with this one.</p>;
+  return (
+    <div class="split even" data-changes={turned}>
+      <HeatMap name={`${kind} score, this run's less the other's: a row per layer, a column per head`} grid={changed.grid} scale={around(changed.all.map((c) => c.by))} unit={`${kind}, change`}
+        rowLabel={(row) => String(changed.layers[row])} rowName={(row) => `layer ${changed.layers[row]}`} columnName={(head) => `head ${head}`} missing={() => 'no score in one of the two'} cursor={null} onCursor={() => undefined} />
+      <table class="list">
+        <caption>{turned === 0 ? 'Every head is of the same kind in both; the greatest changes of its score:' : `${turned} ${turned === 1 ? 'head is' : 'heads are'} of another kind`}</caption>
+        <thead><tr><th scope="col">layer</th><th scope="col">head</th><th scope="col">in the other run</th><th scope="col">in this</th><th scope="col">change of the score</th></tr></thead>
+        <tbody>{changed.all.slice(0, BEST).map((c) => <tr key={`${c.layer} ${c.head}`} data-change={`${c.layer}.${c.head}`}><td class="number">{c.layer}</td><td class="number">{c.head}</td><td>{c.before}</td><td>{c.after}</td><td class="number">{c.by === null ? '' : shown(c.by)}</td></tr>)}</tbody>
+      </table>
+    </div>
+  );
+}
+
+function PairChanges({ turned, measure }: { turned: ReturnType<typeof pairChanges>; measure: Measure }) {
+  if (turned.all.length === 0) return <p class="empty">The other run has no two layers in common with this one.</p>;
+  return (
+    <div class="alike-changes">
+      <HeatMap name={`${measure} between every two layers, this run's less the other's`} grid={turned.grid} scale={around(turned.all)} unit={`${measure}, change`} rowLabel={(row) => String(turned.layers[row])} rowName={(row) => `layer ${turned.layers[row]}`}
+        columnLabel={(column) => String(turned.layers[column])} columnName={(column) => `layer ${turned.layers[column]}`} missing={() => 'not a number for this pair in one of the two'} square cursor={null} onCursor={() => undefined} />
+    </div>
+  );
+}
+
+/** How much more alike two layers are than in the other run, for every two; and of those that follow each other, from what to what. */
+function pairChanges(ours: Pair[], theirs: Pair[], measure: Measure) {
+  const before = new Map(theirs.map((p) => [`${p.site_a} ${p.site_b}`, p[measure]]));
+  const both = ours.filter((p) => before.has(`${p.site_a} ${p.site_b}`)).map((p) => {
+    const was = before.get(`${p.site_a} ${p.site_b}`) ?? null;
+    return { ...p, was, by: p[measure] === null || was === null ? null : p[measure] - was };
+  });
+  const map = pairMap(both.map((p) => ({ ...p, [measure]: p.by })), measure);
+  const at = (layer: number | null) => map.layers.indexOf(layer ?? 0);
+  return { ...map, all: both.map((p) => p.by), steps: both.filter((p) => at(p.layer_b) === at(p.layer_a) + 1).map((p) => ({ layer: p.layer_b ?? 0, before: p.was, after: p[measure], by: p.by })) };
+}
+
 function gridOf(width: number, height: number, values: Float32Array): Grid {
-  return { width, height, values, kinds: Uint8Array.from(values, (v) => (Number.isNaN(v) ? missingKinds.indexOf('absent') : 0)) };
+  return { width, height, values, kinds: Uint8Array.from(values, (v) => (Number.isNaN(v) ? missingKinds.indexOf('unbooked') : 0)) };
 }
 
 function headMap(heads: HeadRow[], kind: string) {
@@ -151,11 +211,10 @@ function headMap(heads: HeadRow[], kind: string) {
   return { layers, grid: gridOf(width, layers.length, values) };
 }
 
-function pairMap(pairs: Pair[], measure: 'cosine' | 'cka') {
+function pairMap(pairs: Pair[], measure: Measure) {
   const layers = [...new Set(pairs.flatMap((p) => [p.layer_a ?? 0, p.layer_b ?? 0]))].sort((a, b) => a - b);
   const n = layers.length;
   const values = new Float32Array(n * n).fill(NaN);
-  for (let i = 0; i < n; i++) values[i * n + i] = 1;
   let least = 0;
   for (const p of pairs) {
     const [a, b] = [layers.indexOf(p.layer_a ?? 0), layers.indexOf(p.layer_b ?? 0)];

@@ -68,9 +68,12 @@ export function Vector({ request, site, position, reason }: { request: RequestIn
           </div>
         </>
       )}
-      <Take python={`import dmi\ncache = dmi.open(${quote(path)}).cache(request=${quote(request.id)})\nvector = cache.get(${quote(site)}, tokens=${position})`}
+      {reason ? (
+        <Take python={`import dmi\ncache = dmi.open(${quote(path)}).cache(request=${quote(request.id)})\nbooks = cache.coverage(${quote(site)})  # what became of each row`} cli={`dmi coverage --store ${shell(path)} --request ${shell(request.id)} --site ${shell(site)}`}
+          file={{ name: `${request.id}.${site}.coverage.json`, path: '/coverage', args: { request: request.id, site } }} />
+      ) : <Take python={`import dmi\ncache = dmi.open(${quote(path)}).cache(request=${quote(request.id)})\nvector = cache.get(${quote(site)}, tokens=${position})`}
         cli={`dmi get --store ${shell(path)} --request ${shell(request.id)} --site ${shell(site)} --tokens ${position} --out vector.npy`}
-        file={{ name: `${request.id}.${site}.${position}.f32`, path: '/tensor', args: { request: request.id, site, tokens: String(position), as: 'F32' } }} />
+        file={{ name: `${request.id}.${site}.${position}.f32`, path: '/tensor', args: { request: request.id, site, tokens: String(position), as: 'F32' } }} />}
     </section>
   );
 }
