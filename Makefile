@@ -233,6 +233,7 @@ bench: setup
 	go run ./bench/inspect -out bench/results
 	$(PY) bench/hook_cost.py --save
 	$(PY) bench/overload.py --save
+	$(PY) bench/bytes.py --save
 
 # ------------------------------------------------------------------ wheels, and a machine with a GPU
 wheel: setup

@@ -52,6 +52,7 @@ PARTS = [
     Part("matrix", 540, tests("gpu/test_matrix.py"), ON_CUDA),
     Part("compile", 420, tests("test_compile.py", "test_inductor.py", "test_lifetimes.py"), ON_CUDA),
     Part("fidelity", 480, tests("test_fidelity.py", "test_whole_path.py", "test_generate.py"), ON_CUDA),
+    Part("bytes", 90, "bench/bytes.py --device cuda --save"),
     Part("overload", 240, "bench/overload.py --device cuda --seconds 10 --save"),
     Part("overhead-38-eager", 480, f"bench/gpu_overhead.py residual:eager:1,8,32,64,128,256 --name gpu_overhead_38_eager {SAVE}"),
     Part("overhead-434-eager", 480, f"bench/gpu_overhead.py all:eager:1,32,256 --name gpu_overhead_434_eager {SAVE}"),

@@ -19,6 +19,8 @@ type Rules interface {
 	Site(number int) policy.Site
 	// Request is who a request is, as far as it was told by now, with what Prompt said.
 	Request(number uint64) (r policy.Request, known bool)
+	// Took is told how the rows of a step divide among the rules of a class of sites: of each of its clauses' rules, how many it took.
+	Took(class *policy.Class, rows []uint32)
 	// Prompt says how many tokens a request's prompt has.
 	Prompt(number uint64, tokens uint32)
 }
@@ -223,6 +225,12 @@ func (s *selector) verdicts(b *book, r *ring.Record, from, to uint32) []verdict 
 }
 
 func (s *selector) work(step *drain.Step, plan *policy.Plan, site int, list *ring.RowList) (all []verdict) {
+	var took []uint32 // rows by clause
+	if plan != nil {
+		class := &plan.Classes[plan.Of[site]]
+		took = make([]uint32, len(class.Clauses))
+		defer func() { s.rules.Took(class, took) }()
+	}
 	for i := range list.Spans {
 		span := &list.Spans[i]
 		request := s.request(span)
@@ -236,7 +244,9 @@ func (s *selector) work(step *drain.Step, plan *policy.Plan, site int, list *rin
 			case unwanted:
 				said.Kept = false
 			case plan != nil:
-				said = plan.Row(site, request, token)
+				var clause int
+				said, clause = plan.Row(site, request, token)
+				took[clause]++
 			}
 			level := said.Level.Level
 			if !said.Kept {

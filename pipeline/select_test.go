@@ -99,6 +99,8 @@ func (d *drawnRules) Request(number uint64) (policy.Request, bool) {
 	return r, known
 }
 
+func (d *drawnRules) Took(*policy.Class, []uint32) {}
+
 func (d *drawnRules) Prompt(number uint64, tokens uint32) {
 	d.mu.Lock()
 	defer d.mu.Unlock()

@@ -127,13 +127,13 @@ func (d *Document) keep(site Site) (k Keep) {
 	return k
 }
 
-// Row is Evaluate by way of the plan.
-func (p *Plan) Row(site int, r Request, t Token) Verdict {
-	for _, c := range p.Classes[p.Of[site]].Clauses {
+// Row is Evaluate by way of the plan, and which clause of the site's class took the row.
+func (p *Plan) Row(site int, r Request, t Token) (Verdict, int) {
+	for i, c := range p.Classes[p.Of[site]].Clauses {
 		if !c.takes(r, t) {
 			continue
 		}
-		return Verdict{c.Rule, c.Level, c.Level.keeps(t.Position)}
+		return Verdict{c.Rule, c.Level, c.Level.keeps(t.Position)}, i
 	}
 	panic("policy: a class without an end") // Compile closes every one
 }

@@ -157,7 +157,7 @@ func TestPlansSayWhatTheReferenceSays(t *testing.T) {
 				}
 				for i, site := range testSites {
 					want := d.Evaluate(site, r, token, now)
-					if got := plan.Row(i, r, token); got != want {
+					if got, _ := plan.Row(i, r, token); got != want {
 						t.Fatalf("%s\n%v %v at %s: %+v, want %+v", d.Text, r, token, site.Name, got, want)
 					}
 					// A producer gives what is kept, or more of it in full.

@@ -3,6 +3,7 @@ package steer
 import (
 	"context"
 	"fmt"
+	"slices"
 	"time"
 
 	"dmi/policy"
@@ -160,8 +161,9 @@ func (h *Helm) price(f force, rules []RuleStatus) {
 			}
 			plan := f.plan(x.Number, x.Mode, sites)
 			for i, site := range sites {
-				clauses := plan.Classes[plan.Of[i]].Clauses
-				for _, clause := range clauses {
+				class := &plan.Classes[plan.Of[i]]
+				shares := h.rules[x.Number].shares(class)
+				for c, clause := range class.Clauses {
 					n := clause.Rule
 					if n == policy.ByPromotion {
 						continue // in the price of whose rows they were
@@ -171,7 +173,7 @@ func (h *Helm) price(f force, rules []RuleStatus) {
 					}
 					rules[n].Sites++
 					cost, ok := flow.cost(site.ID, f.inForce(clause.Rule, clause.Level))
-					bytes[n] += cost / float64(len(clauses)) // how the rows of a site divide among rules is not measured
+					bytes[n] += cost * shares[c]
 					known[n] = known[n] && ok
 				}
 			}
@@ -200,7 +202,7 @@ type Verdict struct {
 	Level    string   `json:"level"`
 	Captured bool     `json:"captured"`
 	Why      string   `json:"why"`
-	Bytes    *float64 `json:"bytes_per_s"` // of all rows of the site, at the current traffic; null: no row of it was ever seen
+	Bytes    *float64 `json:"bytes_per_s"` // of the rows of the site that the rule takes, at the current traffic; null: no row of it was ever seen
 }
 
 // ErrNoRequest is returned where no request has the id.
@@ -249,7 +251,8 @@ func (h *Helm) Explain(ctx context.Context, q Question) ([]Verdict, error) {
 		now.Lowered = nil
 	}
 	list := []Verdict{}
-	for _, site := range sites {
+	plan := f.plan(r.Key.Session, mode, sites)
+	for i, site := range sites {
 		if !fits(site) {
 			continue
 		}
@@ -275,6 +278,10 @@ func (h *Helm) Explain(ctx context.Context, q Question) ([]Verdict, error) {
 			v.Why = fmt.Sprintf("%s, in line %d, is the first that selects it", v.Rule, v.Line)
 		}
 		if bytes, known := flow.cost(site.ID, level); known {
+			class := &plan.Classes[plan.Of[i]]
+			if c := slices.IndexFunc(class.Clauses, func(c policy.Clause) bool { return c.Rule == said.Rule && c.Rule != policy.ByPromotion }); c >= 0 {
+				bytes *= h.rules[r.Key.Session].shares(class)[c]
+			}
 			v.Bytes = &bytes
 		}
 		list = append(list, v)

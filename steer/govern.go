@@ -3,6 +3,7 @@ package steer
 import (
 	"context"
 	"fmt"
+	"maps"
 	"strings"
 	"time"
 
@@ -121,6 +122,9 @@ func (h *Helm) governed(f force, sessions []control.SessionStatus) []governor.Ru
 		}
 		rules[i] = governor.Rule{Name: rule.Name, Priority: rule.Priority, Cost: make([]float64, len(ladderOf(f.document, i)))}
 	}
+	h.mu.Lock()
+	divided := maps.Clone(h.rules)
+	h.mu.Unlock()
 	for _, x := range sessions {
 		if x.Mode == complete {
 			continue
@@ -132,8 +136,9 @@ func (h *Helm) governed(f force, sessions []control.SessionStatus) []governor.Ru
 		}
 		plan := f.document.Compile(sites, policy.State{})
 		for i, site := range sites {
-			clauses := plan.Classes[plan.Of[i]].Clauses
-			for _, clause := range clauses {
+			class := &plan.Classes[plan.Of[i]]
+			shares := divided[x.Number].shares(class)
+			for c, clause := range class.Clauses {
 				n := clause.Rule
 				if n < 0 {
 					n = len(rules) - 1
@@ -144,7 +149,7 @@ func (h *Helm) governed(f force, sessions []control.SessionStatus) []governor.Ru
 					case !known:
 						*cost = -1
 					case *cost >= 0:
-						*cost += bytes / float64(len(clauses)) // how the rows of a site divide among rules is not measured
+						*cost += bytes * shares[c]
 					}
 				}
 			}

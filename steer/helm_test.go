@@ -92,7 +92,7 @@ func kept(p *policy.Plan, request uint64) string {
 	var b strings.Builder
 	for position := range uint32(6) {
 		mark := byte('-')
-		if p.Row(samplestore.SiteResid, policy.Request{Number: request, ID: fmt.Sprint(request), Prompt: 2}, policy.Token{Position: position, Phase: policy.Phase(min(position/2, 1))}).Kept {
+		if said, _ := p.Row(samplestore.SiteResid, policy.Request{Number: request, ID: fmt.Sprint(request), Prompt: 2}, policy.Token{Position: position, Phase: policy.Phase(min(position/2, 1))}); said.Kept {
 			mark = 'x'
 		}
 		b.WriteByte(mark)

@@ -2,6 +2,7 @@ package steer
 
 import (
 	"fmt"
+	"slices"
 	"sync"
 
 	"dmi/policy"
@@ -17,12 +18,15 @@ type Rules struct {
 	mu      sync.Mutex
 	prompts map[uint64]uint32
 	sites   []tensor.Site
+	divided map[string][]float64 // by the rules of a class, promotions left out: rows that each took of late
 }
 
 // Bounds of what is remembered of sessions and requests. Beyond, all of them are forgotten: windows that need the length of a prompt then select none of its request's rows.
 const (
 	keptSessions = 256
 	keptPrompts  = 1 << 17
+	keptDivided  = 1 << 12
+	lateRows     = 1 << 12 // beyond so many rows of a class, those before count half
 )
 
 // Rules of a session in a mode.
@@ -32,7 +36,7 @@ func (h *Helm) Rules(session uint32, mode string) *Rules {
 	if len(h.rules) >= keptSessions {
 		clear(h.rules)
 	}
-	r := &Rules{helm: h, session: session, mode: mode, prompts: map[uint64]uint32{}}
+	r := &Rules{helm: h, session: session, mode: mode, prompts: map[uint64]uint32{}, divided: map[string][]float64{}}
 	h.rules[session] = r
 	return r
 }
@@ -61,6 +65,73 @@ func (r *Rules) Site(number int) tensor.Site {
 		r.sites = sites
 	}
 	return r.sites[number]
+}
+
+// Took is told how rows divide among the rules of a class.
+func (r *Rules) Took(class *policy.Class, rows []uint32) {
+	key := rulesOf(class)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if len(r.divided) >= keptDivided {
+		clear(r.divided)
+	}
+	took := r.divided[key]
+	if took == nil {
+		took = make([]float64, len(key)/2)
+		r.divided[key] = took
+	}
+	sum, n := 0.0, 0
+	for i := range class.Clauses {
+		if class.Clauses[i].Rule != policy.ByPromotion {
+			took[n] += float64(rows[i])
+			sum += took[n]
+			n++
+		}
+	}
+	for i := range took {
+		if sum > lateRows {
+			took[i] /= 2
+		}
+	}
+}
+
+// rulesOf names a class by its rules: what divides rows among them.
+func rulesOf(class *policy.Class) string {
+	key := make([]byte, 0, 2*len(class.Clauses))
+	for i := range class.Clauses {
+		if rule := class.Clauses[i].Rule; rule != policy.ByPromotion {
+			key = append(key, byte(rule), byte(rule>>8))
+		}
+	}
+	return string(key)
+}
+
+// shares says how the rows of a class divide among its clauses: as they did of late, or equally where none came yet. nil stands for a session whose rows nobody asked about.
+func (r *Rules) shares(class *policy.Class) []float64 {
+	key, shares := rulesOf(class), make([]float64, len(class.Clauses))
+	var took []float64
+	if r != nil {
+		r.mu.Lock()
+		took = slices.Clone(r.divided[key])
+		r.mu.Unlock()
+	}
+	sum := 0.0
+	for _, rows := range took {
+		sum += rows
+	}
+	n := 0
+	for i := range shares {
+		switch {
+		case class.Clauses[i].Rule == policy.ByPromotion: // in the share of whose rows they were
+			continue
+		case sum > 0:
+			shares[i] = took[n] / sum
+		default:
+			shares[i] = 2 / float64(len(key))
+		}
+		n++
+	}
+	return shares
 }
 
 // Prompt says how many tokens a request's prompt has.
