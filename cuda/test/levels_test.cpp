@@ -203,27 +203,21 @@ void check_cuda(cudaError_t status) {
   CHECK(status == cudaSuccess);
 }
 
-// Memory that host and GPU both see. It is never given back: a free would wait for the GPU, which may wait for the engine.
-template <typename T>
-struct Everywhere {
-  using value_type = T;
-  T* allocate(size_t n) {
-    constexpr size_t kRegion = 1 << 30;
-    static std::byte* region = nullptr;
-    static size_t used = 0;
-    if (region == nullptr) check_cuda(cudaHostAlloc(reinterpret_cast<void**>(&region), kRegion, cudaHostAllocMapped));
-    const size_t at = used;
-    used += (n * sizeof(T) + 255) / 256 * 256;
-    CHECK(used <= kRegion);
-    return reinterpret_cast<T*>(region + at);
-  }
-  void deallocate(T*, size_t) {}
-  bool operator==(const Everywhere&) const { return true; }
-};
-using Memory = std::vector<std::byte, Everywhere<std::byte>>;
+// The GPU's copies of tensors. Never given back: a free would wait for the GPU, which may wait for the engine.
+const std::byte* to_gpu(const std::vector<std::byte>& tensor) {
+  constexpr size_t kRegion = 1 << 30;
+  static std::byte* region = nullptr;
+  static size_t used = 0;
+  if (region == nullptr) check_cuda(cudaMalloc(reinterpret_cast<void**>(&region), kRegion));
+  std::byte* copy = region + used;
+  used += (tensor.size() + 255) / 256 * 256;
+  CHECK(used <= kRegion);
+  check_cuda(cudaMemcpy(copy, tensor.data(), tensor.size(), cudaMemcpyHostToDevice));
+  return copy;
+}
 #else
 constexpr bool kCuda = false;
-using Memory = std::vector<std::byte>;
+const std::byte* to_gpu(const std::vector<std::byte>& tensor) { return tensor.data(); }
 #endif
 
 struct Site {
@@ -331,7 +325,7 @@ class World {
   void offer(void* stream) {
     std::vector<dmi_tensor> group;
     for (uint32_t i = 0; i < sites_.size(); ++i) {
-      group.push_back({data_[i].data(), size_[i].data(), stride_[i].data(), i, uint8_t(sites_[i].dtype), 4, device_});
+      group.push_back({at_[i], size_[i].data(), stride_[i].data(), i, uint8_t(sites_[i].dtype), 4, device_});
       if (below(3) != 0 && i + 1 != sites_.size()) continue;
       dmi_capture(ring_, group.data(), uint32_t(group.size()), stream);
       group.clear();
@@ -409,6 +403,7 @@ class World {
     data_.assign(sites_.size(), {});
     size_.assign(sites_.size(), {});
     stride_.assign(sites_.size(), {});
+    at_.clear();
     for (size_t i = 0; i < sites_.size(); ++i) {
       const Site& s = sites_[i];
       const int64_t last = s.keyed ? 37 : int64_t{s.inner};
@@ -439,13 +434,13 @@ class World {
       if (s.dtype == DMI_DTYPE_BOOL) {
         for (std::byte& b : data_[i]) b &= std::byte{1};
       }
+      at_.push_back(to_gpu(data_[i]));
     }
   }
 
   // What see() compares with.
   void keep(uint64_t number) {
-    Step step{spans_, {}, size_, stride_, {}, clauses_};
-    for (const Memory& data : data_) step.data.emplace_back(data.begin(), data.end());
+    Step step{spans_, data_, size_, stride_, {}, clauses_};
     for (const Site& s : sites_) step.gates.push_back(s.gate);
     std::lock_guard lock(mutex_);
     steps_.emplace(number, std::move(step));
@@ -568,7 +563,8 @@ class World {
   std::vector<dmi_span> spans_;
   bool threaded_ = false;
   uint32_t width_ = 0;
-  std::vector<Memory> data_;
+  std::vector<std::vector<std::byte>> data_;
+  std::vector<const std::byte*> at_;  // where the op finds them
   std::vector<std::array<int64_t, 4>> size_, stride_;
   std::mutex mutex_;
   std::map<uint64_t, Step> steps_;
