@@ -273,6 +273,9 @@ class World {
 
   void step(uint64_t number) {
     if (below(3) == 0 || number == 0) gates();
+    // A copy to the GPU waits in the driver for what is under way there, with its locks: the pump's copies, which that may wait for, come
+    // behind it.
+    if (kCuda) settle();
     make(number);
     const uint32_t widths[DMI_SPACES] = {width_, 0, 0};
     CHECK_EQ(dmi_step_open(ring_, number, spans_.data(), uint32_t(spans_.size()), widths, kKeys, 0, nullptr), 1);
