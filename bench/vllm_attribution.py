@@ -1,25 +1,30 @@
 #!/usr/bin/env python3
 """Is every captured row of vLLM the right request's? Random loads through observed engines, every request then alone through Hugging Face.
 
-    python bench/vllm_attribution.py [--requests N] [--seed N] [--device cuda --dtype bfloat16] [--save DIR]
+    python bench/vllm_attribution.py [--requests N] [--seed N] [--device cuda --dtype bfloat16] [--resume DIR] [--save DIR]
 
 Requests of random lengths arrive over time; some are aborted, most share a beginning with others, the cache of keys is so small that many are preempted. A
 third of them are served with guesses of their next tokens (n-gram speculation), each engine decides for itself what is compiled and which of vLLM's model
-runners serves; `--eager` has nothing compiled. Of every request the captured residual stream, first and last, and logits are compared with the
+runners serves; `--eager` has nothing compiled. Of every request the captured residual stream, at every block, and logits are compared with the
 reference, by position, within the tolerance of the dtype; every row must be nearer to its own reference than to any other of some hundred requests; positions,
 tokens and books are held against what vLLM gave and the reference ran. Any difference ends it. `--same` has an unobserved engine of each kind answer the first
-requests: the same tokens. In the environment that has vLLM (`.venv-vllm`), with the memory of one tiny model. `--save` writes the figures, of as many requests as were.
+requests: the same tokens. In the environment that has vLLM (`.venv-vllm`), with the memory of one tiny model; references are computed on the CPU, by `--workers`
+processes. `--resume` keeps the parts that are done in a folder, and goes on there. `--save` writes the figures, of as many requests as were.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import json
+import multiprocessing
+import os
 import random
 import shutil
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +40,90 @@ from served import Alone, load, model_on_disk, serve  # noqa: E402
 HOOKS = ["tokens", "hook_embed", "blocks.*.hook_resid_post", "blocks.1.attn.hook_q", "logits"]
 SAME = 60
 """Requests that an unobserved engine answers as well."""
+PIECE = 300
+"""Requests whose rows are held against each other's."""
 
 
 def engine_of(part: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Every third guesses, with a cache of keys of another size."""
-    settings: dict[str, Any] = {"enable_prefix_caching": True, "num_gpu_blocks_override": 14, "block_size": 32, "max_num_seqs": 16, "max_num_batched_tokens": 160,
-                                "dtype": arguments.dtype, "enforce_eager": arguments.eager}  # fmt: skip
+    """Every third guesses. On a GPU there are more requests at once."""
+    much = 4 if arguments.device == "cuda" else 1
+    settings: dict[str, Any] = {"enable_prefix_caching": True, "num_gpu_blocks_override": 14 * much, "block_size": 32, "max_num_seqs": 16 * much,
+                                "max_num_batched_tokens": 160 * much, "dtype": arguments.dtype, "enforce_eager": arguments.eager}  # fmt: skip
     if part % 3 == 2:
         settings["speculative_config"] = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
         settings["async_scheduling"] = False
     return settings
+
+
+# ------------------------------------------------------------------ what workers do
+_alone: Alone
+
+
+def prepare(model: Path, dtype: str) -> None:
+    """A worker's reference."""
+    global _alone
+    torch.set_num_threads(1)  # the model is tiny
+    _alone = Alone(model, dtype)
+
+
+def compare_piece(store: Path, dtype: str, requests: list[dict[str, Any]], result: dict[str, Any]) -> Found:
+    return compare(store, _alone, requests, result, whole=0, dtype=dtype, piece=PIECE)
+
+
+def compared(pool: ProcessPoolExecutor, store: Path, dtype: str, requests: list[dict[str, Any]], result: dict[str, Any], begun: float) -> Found:
+    """All of a part, in pieces."""
+    total, pieces = Found(), []
+    for start in range(0, len(requests), PIECE):
+        piece = requests[start : start + PIECE]
+        told = {name: {request["id"]: result[name][request["id"]] for request in piece if request["id"] in result[name]} for name in ("tokens", "cached")}
+        pieces.append(pool.submit(compare_piece, store, dtype, piece, told))
+    said = time.monotonic()
+    for piece in pieces:
+        add(total, vars(piece.result()))
+        if time.monotonic() > said + 10:
+            said = time.monotonic()
+            print(f"  {total.requests} compared, {total.rows} rows; {said - begun:.0f} s", flush=True)
+    return total
+
+
+def add(total: Found, found: dict[str, Any]) -> None:
+    for name, value in found.items():
+        setattr(total, name, max(total.worst, value) if name == "worst" else getattr(total, name) + value)
+
+
+# ------------------------------------------------------------------ parts
+def run_part(part: int, count: int, model: Path, folder: Path, pool: ProcessPoolExecutor, arguments: argparse.Namespace, begun: float) -> dict[str, Any]:
+    """The figures of a part."""
+    guesses = part % 3 == 2
+    requests = load(random.Random(arguments.seed + part), count, longest=30, most=16 if guesses else 7, every=0.05 if arguments.device == "cuda" else 0.2, aborts=0.05,
+                    prefixes=4, words=8 if guesses else None)  # fmt: skip
+    settings = {"hooks": HOOKS, "store": str(folder / "store"), "mode": "complete"}
+    engine = engine_of(part, arguments)
+    result = serve(folder / "observed", model, requests, dmi=settings, timeout_s=7200, **engine)
+    assert result["status"]["observed"] and result["flushed"], result["status"]
+    print(f"part {part}: {len(requests)} requests, {result['steps']} steps, {result['preempted']} preemptions, {result['drafted']} guesses; {time.monotonic() - begun:.0f} s", flush=True)
+    found = compared(pool, folder / "store", arguments.dtype, requests, result, begun)
+    books = {outcome: sum(reasons.values()) for outcome, reasons in balanced(folder / "store")["outcomes"].items()}
+    same = same_tokens(folder, model, requests[:SAME], settings, engine) if arguments.same and part < 3 and (part == 0 or guesses) else 0
+    figures = {name: result[name] for name in ("steps", "preempted", "drafted", "accepted")}
+    return {"found": vars(found), "books": books, "figures": {**figures, "same": same}, "runner": result["runner"]}
+
+
+def resumed(folder: Path | None, arguments: argparse.Namespace) -> dict[int, dict[str, Any]]:
+    """Parts that are done; takes their seed."""
+    if folder is None:
+        return {}
+    folder.mkdir(parents=True, exist_ok=True)
+    what = {name: getattr(arguments, name) for name in ("part", "device", "dtype", "eager")}
+    about = folder / "about.json"
+    if about.exists():
+        was = json.loads(about.read_text())
+        arguments.seed = was.pop("seed")
+        if was != what:
+            raise SystemExit(f"vllm_attribution: {folder} has parts of {was}, and these are to be of {what}; give another folder")
+    else:
+        about.write_text(json.dumps({**what, "seed": arguments.seed}))
+    return {int(file.stem): json.loads(file.read_text()) for file in folder.glob("[0-9]*.json")}
 
 
 def main() -> None:
@@ -56,45 +135,46 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--eager", action="store_true", help="nothing is compiled")
     parser.add_argument("--same", action="store_true", help="have unobserved engines answer some requests, too")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that compute references")
+    parser.add_argument("--resume", type=Path, help="folder of parts that are done")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no part after that")
     parser.add_argument("--save", type=Path)
     arguments = parser.parse_args()
-    print(f"seed {arguments.seed}", flush=True)
-    torch.set_num_threads(1)  # the model is tiny
+    done = resumed(arguments.resume, arguments)
+    print(f"seed {arguments.seed}" + (f", {len(done)} parts are done" if done else ""), flush=True)
     work = Path(tempfile.mkdtemp(prefix="dmi-attribution-"))
-    total, figures = Found(), {"steps": 0, "preempted": 0, "drafted": 0, "accepted": 0, "same": 0}
-    books: dict[str, int] = {}
-    runners: set[str] = set()
     begun = time.monotonic()
     try:
         model = model_on_disk(work / "model")
-        alone = Alone(model, arguments.dtype, arguments.device)
-        for part, start in enumerate(range(0, arguments.requests, arguments.part)):
-            choose, folder = random.Random(arguments.seed + part), work / str(part)
-            guesses = part % 3 == 2
-            requests = load(choose, min(arguments.part, arguments.requests - start), longest=30, most=16 if guesses else 7, every=0.2, aborts=0.05, prefixes=4,
-                            words=8 if guesses else None)  # fmt: skip
-            settings = {"hooks": HOOKS, "store": str(folder / "store"), "mode": "complete"}
-            engine = engine_of(part, arguments)
-            result = serve(folder / "observed", model, requests, dmi=settings, timeout_s=7200, **engine)
-            assert result["status"]["observed"] and result["flushed"], result["status"]
-            print(f"part {part}: {len(requests)} requests, {result['steps']} steps, {result['preempted']} preemptions, {result['drafted']} guesses; {time.monotonic() - begun:.0f} s", flush=True)
-            found = compare(folder / "store", alone, requests, result, whole=0, dtype=arguments.dtype,
-                            progress=lambda found: print(f"  {found.requests} compared, {found.rows} rows; {time.monotonic() - begun:.0f} s", flush=True))  # fmt: skip
-            for outcome, reasons in balanced(folder / "store")["outcomes"].items():
-                books[outcome] = books.get(outcome, 0) + sum(reasons.values())
-            for name, value in vars(found).items():
-                setattr(total, name, max(total.worst, value) if name == "worst" else getattr(total, name) + value)
-            for name in ("steps", "preempted", "drafted", "accepted"):
-                figures[name] += result[name]
-            runners.add(result["runner"])
-            if arguments.same and part < 3 and (part == 0 or guesses):
-                figures["same"] += same_tokens(folder, model, requests[:SAME], settings, engine)
-            shutil.rmtree(folder)
-            if arguments.save:
-                save(arguments, total, figures, books, runners, time.monotonic() - begun)
+        with ProcessPoolExecutor(arguments.workers, multiprocessing.get_context("spawn"), prepare, (model, arguments.dtype)) as pool:
+            for part, start in enumerate(range(0, arguments.requests, arguments.part)):
+                if part in done:
+                    continue
+                if time.monotonic() - begun > 60 * arguments.minutes:
+                    print(f"{arguments.minutes:g} minutes are over; the same command goes on with part {part}", flush=True)
+                    break
+                then = time.monotonic()
+                done[part] = run_part(part, min(arguments.part, arguments.requests - start), model, work / str(part), pool, arguments, begun)
+                done[part]["seconds"] = time.monotonic() - then
+                shutil.rmtree(work / str(part))
+                if arguments.resume:
+                    (arguments.resume / f"{part}.json").write_text(json.dumps(done[part]))
+                if arguments.save:
+                    save(arguments, done)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+    total, figures, books = summed(done)
     print(f"{total.requests} requests, {total.rows} rows compared, 0 wrong, the books balance: {books}; {figures}; {time.monotonic() - begun:.0f} s")
+
+
+def summed(done: dict[int, dict[str, Any]]) -> tuple[Found, dict[str, int], dict[str, int]]:
+    total, figures, books = Found(), dict.fromkeys(("steps", "preempted", "drafted", "accepted", "same"), 0), dict[str, int]()
+    for part in done.values():
+        add(total, part["found"])
+        for sums, more in ((figures, part["figures"]), (books, part["books"])):
+            for name, value in more.items():
+                sums[name] = sums.get(name, 0) + value
+    return total, figures, books
 
 
 def same_tokens(folder: Path, model: Path, requests: list[dict[str, Any]], settings: dict[str, Any], engine: dict[str, Any]) -> int:
@@ -106,7 +186,9 @@ def same_tokens(folder: Path, model: Path, requests: list[dict[str, Any]], setti
     return len(requests)
 
 
-def save(arguments: argparse.Namespace, total: Found, figures: dict[str, int], books: dict[str, int], runners: set[str], seconds: float) -> None:
+def save(arguments: argparse.Namespace, done: dict[int, dict[str, Any]]) -> None:
+    total, figures, books = summed(done)
+    runners, seconds = {part["runner"] for part in done.values()}, sum(part["seconds"] for part in done.values())
     row = results.row
     rows = [row("requests, each compared with the same run alone", total.requests, "requests", goal="at least 10,000 on the CPU, 100,000 on a GPU",
                 met=total.requests >= (10_000 if arguments.device == "cpu" else 100_000)),

@@ -126,10 +126,18 @@ def test_metrics(server: Server) -> None:
     assert 'dmi_vllm_kv_blocks_cost{worker="0"} 0.0' in text, "the cache's size is the user's"
 
 
+class Answer(NamedTuple):
+    prompt: list[int]
+    got: Any
+    began: float
+    ended: float
+
+
 def test_engine_stopped_killed_and_started_again(server: Server) -> None:
-    """No request fails; what came while there was an engine is whole, and every row is on the books."""
+    """No request fails; every row is on the books, and captured but for those that the killed engine had on its way: of requests that were under way when it
+    was killed, or ended after the last flush before that; and those that did not fit the ring while there was no engine."""
     seed = fresh_seed()
-    answers: list[Any] = []
+    answers: list[Answer] = []
     failures: list[BaseException] = []
     over = threading.Event()
 
@@ -137,8 +145,9 @@ def test_engine_stopped_killed_and_started_again(server: Server) -> None:
         choose = random.Random(seed + number)
         while not over.is_set():
             prompt = [choose.randrange(VOCABULARY) for _ in range(choose.randrange(1, 40))]
+            began = time.monotonic()
             try:
-                answers.append((prompt, server.ask(prompt)))
+                answers.append(Answer(prompt, server.ask(prompt), began, time.monotonic()))
             except BaseException as error:
                 failures.append(error)
                 return
@@ -150,6 +159,13 @@ def test_engine_stopped_killed_and_started_again(server: Server) -> None:
             assert time.monotonic() < deadline, "requests do not come to their ends"
             time.sleep(0.02)
 
+    def back() -> None:
+        """The session is: what is asked is captured."""
+        deadline = time.monotonic() + 120
+        while not positions(server.flushed(), server.ask([3, 4, 5]).id, RESIDUAL):
+            assert time.monotonic() < deadline, "the session does not come back"
+            time.sleep(0.2)
+
     threads = [threading.Thread(target=client, args=(number,)) for number in range(3)]
     for thread in threads:
         thread.start()
@@ -159,11 +175,18 @@ def test_engine_stopped_killed_and_started_again(server: Server) -> None:
         more(20)
         server.engine.signal(signal.SIGCONT)
         more(10)
+        flushing = time.monotonic()
+        server.flushed()
         server.engine.signal(signal.SIGKILL)
+        killed = time.monotonic()
         more(20)
         server.engine.start()
         more(10)
+        back()
+        returned = time.monotonic()
+        more(10)
         server.engine.signal(signal.SIGTERM)
+        ended = time.monotonic()
         more(10)
         server.engine.start()
         more(10)
@@ -172,16 +195,19 @@ def test_engine_stopped_killed_and_started_again(server: Server) -> None:
         for thread in threads:
             thread.join()
     assert not failures, failures
-    deadline = time.monotonic() + 120
-    last = server.ask([3, 4, 5])  # captured, once the session is back
-    while not positions(server.flushed(), last.id, RESIDUAL):
-        assert time.monotonic() < deadline, "the session does not come back"
-        time.sleep(0.2)
-        last = server.ask([3, 4, 5])
+    back()
     store = server.flushed()
-    for prompt, answer in answers:
-        assert len(answer.choices[0].text.split()) <= 6 and answer.usage.completion_tokens == 6
+    lost = 0
+    for prompt, got, began, done in answers:
+        assert len(got.choices[0].text.split()) <= 6 and got.usage.completion_tokens == 6
         for site in ("blocks.0.hook_resid_post", RESIDUAL, "logits"):
-            outcomes = store.cache(request=answer.id).coverage(site)["outcomes"]
-            assert sum(sum(reasons.values()) for reasons in outcomes.values()) == len(prompt) + 5, (answer.id, site, outcomes)
-            assert set(outcomes.get("lost", {})) <= {"engine_exit"}, (answer.id, site, outcomes)  # what the killed engine had on its way
+            outcomes = store.cache(request=got.id).coverage(site)["outcomes"]
+            assert sum(sum(reasons.values()) for reasons in outcomes.values()) == len(prompt) + 5, (got.id, site, outcomes)
+            allowed = {"captured", "not_computed"}
+            if began < killed and done > flushing:
+                allowed.add("lost")
+            if began < returned and done > killed or done > ended:  # there was no engine for a while
+                allowed.add("dropped")
+            assert set(outcomes) <= allowed and set(outcomes.get("lost", {})) <= {"engine_exit"}, (got.id, site, outcomes, began - killed, done - killed)
+            lost += sum(outcomes.get("lost", {}).values())
+    print(f"{len(answers)} requests, {lost} rows lost with the engine")
