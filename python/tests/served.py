@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ CACHE = Path(__file__).parents[2] / ".cache" / "vllm"
 
 PACKAGES = str(Path(dmi.__file__).parents[1])
 VOCABULARY = 512
+ALL = slice(None)
 
 
 def model_on_disk(folder: Path, family: str = "qwen3", seed: int = 1) -> Path:
@@ -27,10 +29,17 @@ def model_on_disk(folder: Path, family: str = "qwen3", seed: int = 1) -> Path:
     import transformers
 
     torch.manual_seed(seed)
-    common = dict(vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-                  head_dim=32, max_position_embeddings=1024, tie_word_embeddings=False, eos_token_id=None, bos_token_id=None, pad_token_id=None)  # fmt: skip
-    name = {"qwen3": "Qwen3", "llama": "Llama"}[family]
-    model = getattr(transformers, name + "ForCausalLM")(getattr(transformers, name + "Config")(**common))
+    special: dict[str, Any] = dict(tie_word_embeddings=False, eos_token_id=None, bos_token_id=None, pad_token_id=None)
+    grouped = dict(vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+                   head_dim=32, max_position_embeddings=1024, **special)  # fmt: skip
+    configuration: Any = {
+        "qwen3": lambda: transformers.Qwen3Config(**grouped),
+        "llama": lambda: transformers.LlamaConfig(**grouped),
+        "gemma3": lambda: transformers.Gemma3TextConfig(**grouped, sliding_window=16, query_pre_attn_scalar=32,
+                                                        layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
+        "gpt2": lambda: transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=64, n_layer=3, n_head=2, n_positions=1024, **special),
+    }[family]()  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(configuration)
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.15)
@@ -67,16 +76,27 @@ def load(choose: random.Random, count: int, *, longest: int = 60, most: int = 12
     return out
 
 
-def serve(folder: Path, model: Path, requests: list[dict[str, Any]], *, dmi: dict[str, Any] | None = None, environ: dict[str, str] | None = None,
-          cache: bool = False, timeout_s: float = 1800, **engine: Any) -> dict[str, Any]:  # fmt: skip
-    """Run requests through a vLLM of its own. The log is `result["log"]`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    job, result, log = folder / "job.json", folder / "result.json", folder / "log"
+def job_of(model: Path, requests: list[dict[str, Any]], *, dmi: dict[str, Any] | None = None, cache: bool = False, **engine: Any) -> dict[str, Any]:
+    """An engine, and what it is asked."""
     arguments = {"model": str(model), "dtype": "float32", "max_model_len": 256, "max_num_seqs": 8, "max_num_batched_tokens": 64, "kv_cache_memory_bytes": 64 << 20,
                  "enforce_eager": True, "enable_prefix_caching": False, **engine}  # fmt: skip
     if dmi is not None:
         arguments["additional_config"] = {"dmi": dmi}
-    job.write_text(json.dumps({"engine": arguments, "requests": requests, "cache": cache}))
+    return {"engine": arguments, "requests": requests, "cache": cache}
+
+
+def serve(folder: Path, model: Path, requests: list[dict[str, Any]], *, environ: dict[str, str] | None = None, timeout_s: float = 1800, **job: Any) -> dict[str, Any]:
+    """Run requests through a vLLM of its own. The log is `result["log"]`."""
+    (result,) = serve_all(folder, [job_of(model, requests, **job)], environ=environ, timeout_s=timeout_s)
+    return result
+
+
+def serve_all(folder: Path, jobs: list[dict[str, Any]], *, environ: dict[str, str] | None = None, timeout_s: float = 1800) -> list[dict[str, Any]]:
+    """Engines one after the other, in one process; the log is that of all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    job, result, log = folder / "job.json", folder / "result.json", folder / "log"
+    cache = any(each["cache"] for each in jobs)
+    job.write_text(json.dumps(jobs))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (PACKAGES, os.environ.get("PYTHONPATH")))), "HF_HUB_OFFLINE": "1", "DMI_TEXT": "ids", "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
                    "VLLM_CACHE_ROOT": str(folder.parent / "vllm-cache" if cache else CACHE), **(environ or {})}
     with open(log, "w") as out:
@@ -84,7 +104,7 @@ def serve(folder: Path, model: Path, requests: list[dict[str, Any]], *, dmi: dic
                               stderr=subprocess.STDOUT, timeout=timeout_s, cwd=folder).returncode  # fmt: skip
     text = log.read_text(errors="replace")
     assert code == 0, text[-6000:]
-    return {**json.loads(result.read_text()), "log": text}
+    return [{**each, "log": text} for each in json.loads(result.read_text())]
 
 
 class Alone:
@@ -95,51 +115,74 @@ class Alone:
 
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="eager").eval().to(device)
         self.layers = self.model.config.num_hidden_layers
+        self._places = list(self._of_model())
 
     @torch.no_grad()
     def run(self, tokens: list[int]) -> dict[str, Tensor]:
         """Sites of a sequence, [position, ...]."""
         seen: dict[str, Tensor] = {}
 
-        def keep(name: str, which: int = 0) -> Any:
-            def hook(module: Any, args: Any, output: Any) -> None:
-                seen[name] = (output[which] if isinstance(output, tuple) else output)[0].clone()
-
-            return hook
-
-        def keep_input(name: str) -> Any:
-            def hook(module: Any, args: Any) -> None:
-                seen[name] = args[0][0].clone()
+        def keep(name: str, columns: slice) -> Any:
+            def hook(module: Any, args: Any, output: Any = None) -> None:
+                value = args[0] if output is None else output[0] if isinstance(output, tuple) else output
+                seen[name] = value[0][..., columns].clone()
 
             return hook
 
         handles = []
-        for layer, block in enumerate(self.model.model.layers):
-            name = f"blocks.{layer}"
-            handles += [
-                block.register_forward_pre_hook(keep_input(f"{name}.hook_resid_pre")),
-                block.register_forward_hook(keep(f"{name}.hook_resid_post")),
-                block.post_attention_layernorm.register_forward_pre_hook(keep_input(f"{name}.hook_resid_mid")),
-                block.input_layernorm.register_forward_hook(keep(f"{name}.ln1.hook_out")),
-                block.post_attention_layernorm.register_forward_hook(keep(f"{name}.ln2.hook_out")),
-                block.self_attn.register_forward_hook(keep(f"{name}.hook_attn_out")),
-                block.self_attn.q_proj.register_forward_hook(keep(f"{name}.attn.hook_q")),
-                block.self_attn.k_proj.register_forward_hook(keep(f"{name}.attn.hook_k")),
-                block.self_attn.v_proj.register_forward_hook(keep(f"{name}.attn.hook_v")),
-                block.self_attn.o_proj.register_forward_pre_hook(keep_input(f"{name}.attn.hook_z")),
-                block.mlp.register_forward_hook(keep(f"{name}.hook_mlp_out")),
-                block.mlp.gate_proj.register_forward_hook(keep(f"{name}.mlp.hook_pre")),
-                block.mlp.up_proj.register_forward_hook(keep(f"{name}.mlp.hook_pre_linear")),
-                block.mlp.down_proj.register_forward_pre_hook(keep_input(f"{name}.mlp.hook_post")),
-            ]
-        handles += [
-            self.model.model.embed_tokens.register_forward_hook(keep("hook_embed")),
-            self.model.model.norm.register_forward_hook(keep("ln_final.hook_out")),
-            self.model.lm_head.register_forward_hook(keep("logits")),
-        ]
+        for name, module, side, columns in self._places:
+            place = module.register_forward_pre_hook if side == "in" else module.register_forward_hook
+            handles.append(place(keep(name, columns)))
         try:
             self.model(torch.tensor([tokens], device=self.model.device), use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
         return {name: value.cpu() for name, value in seen.items()}
+
+    def _of_model(self) -> Iterator[tuple[str, Any, str, slice]]:
+        """Sites, and where they are: a module, its input or output, columns of it."""
+        gpt2 = self.model.config.model_type == "gpt2"
+        body = self.model.transformer if gpt2 else self.model.model
+        for layer, block in enumerate(body.h if gpt2 else body.layers):
+            yield f"blocks.{layer}.hook_resid_pre", block, "in", ALL
+            yield f"blocks.{layer}.hook_resid_post", block, "out", ALL
+            for name, *place in self._of_gpt2(block) if gpt2 else self._of_llama(block):
+                yield f"blocks.{layer}.{name}", *place
+        if gpt2:
+            yield "hook_pos_embed", body.wpe, "out", ALL
+        yield "hook_embed", body.wte if gpt2 else body.embed_tokens, "out", ALL
+        yield "ln_final.hook_out", body.ln_f if gpt2 else body.norm, "out", ALL
+        yield "logits", self.model.lm_head, "out", ALL
+
+    def _of_llama(self, block: Any) -> Iterator[tuple[str, Any, str, slice]]:
+        """And of those like it; Gemma has norms behind attention and MLP as well."""
+        gemma = hasattr(block, "pre_feedforward_layernorm")
+        ln2 = block.pre_feedforward_layernorm if gemma else block.post_attention_layernorm
+        yield "hook_resid_mid", ln2, "in", ALL
+        yield "ln1.hook_out", block.input_layernorm, "out", ALL
+        yield "ln2.hook_out", ln2, "out", ALL
+        yield "hook_attn_out", block.post_attention_layernorm if gemma else block.self_attn, "out", ALL
+        yield "hook_mlp_out", block.post_feedforward_layernorm if gemma else block.mlp, "out", ALL
+        if gemma:
+            yield "attn.hook_out", block.self_attn, "out", ALL
+            yield "mlp.hook_out", block.mlp, "out", ALL
+        for part in "qkv":
+            yield f"attn.hook_{part}", getattr(block.self_attn, f"{part}_proj"), "out", ALL
+        yield "attn.hook_z", block.self_attn.o_proj, "in", ALL
+        yield "mlp.hook_pre", block.mlp.gate_proj, "out", ALL
+        yield "mlp.hook_pre_linear", block.mlp.up_proj, "out", ALL
+        yield "mlp.hook_post", block.mlp.down_proj, "in", ALL
+
+    def _of_gpt2(self, block: Any) -> Iterator[tuple[str, Any, str, slice]]:
+        yield "hook_resid_mid", block.ln_2, "in", ALL
+        yield "ln1.hook_out", block.ln_1, "out", ALL
+        yield "ln2.hook_out", block.ln_2, "out", ALL
+        yield "hook_attn_out", block.attn, "out", ALL
+        yield "hook_mlp_out", block.mlp, "out", ALL
+        width = self.model.config.n_embd
+        for index, part in enumerate("qkv"):
+            yield f"attn.hook_{part}", block.attn.c_attn, "out", slice(index * width, (index + 1) * width)
+        yield "attn.hook_z", block.attn.c_proj, "in", ALL
+        yield "mlp.hook_pre", block.mlp.c_fc, "out", ALL
+        yield "mlp.hook_post", block.mlp.c_proj, "in", ALL

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 import dmi
-from dmi.recompute import KNOWN, attention_of
+from dmi.recompute import attention_of
 from observed import configuration, fresh_seed, model_of
 
 LENGTH = 21  # more than twice the window
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {}, "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "qwen3": {}, "mistral": {"sliding_window": 8}, "gemma2": {}, "gemma3": {},
-    "phi3": {}, "gpt_neox": {}, "olmo2": {},
+    "phi3": {}, "gpt_neox": {}, "olmo2": {}, "gpt2": {},
 }  # fmt: skip
 
 
@@ -28,7 +28,8 @@ def test_against_eager_attention(dtype: torch.dtype, tmp_path: Path) -> None:
         ids = torch.randint(3, 128, (1, LENGTH))
         with torch.no_grad():
             want = model(ids, output_attentions=True, use_cache=False).attentions
-            with dmi.attach(model, ["blocks.*.attn.hook_rot_q", "blocks.*.attn.hook_rot_k"], store=tmp_path / "captures") as session:
+            rotated = "" if family == "gpt2" else "rot_"
+            with dmi.attach(model, [f"blocks.*.attn.hook_{rotated}q", f"blocks.*.attn.hook_{rotated}k"], store=tmp_path / "captures") as session:
                 model(ids, use_cache=False)
                 cache = session.cache(session.requests[0])
                 for layer, attention in enumerate(want):
@@ -44,7 +45,8 @@ def test_against_eager_attention(dtype: torch.dtype, tmp_path: Path) -> None:
 
 def test_what_cannot_be_recomputed_is_refused(tmp_path: Path) -> None:
     fresh_seed()
-    assert attention_of(configuration("gpt2")) is None and "gpt2" not in KNOWN  # it may scale by layer
+    by_layer = {"scale_attn_by_inverse_layer_idx": True}
+    assert attention_of(configuration("gpt2", **by_layer)) is None and attention_of(configuration("gpt2", scale_attn_weights=False)) is None
     model = model_of("llama")
     hooks = ["blocks.*.attn.hook_rot_q", "blocks.*.attn.hook_rot_k"]
     with torch.no_grad(), dmi.attach(model, hooks, store=tmp_path / "captures") as session:
@@ -56,7 +58,7 @@ def test_what_cannot_be_recomputed_is_refused(tmp_path: Path) -> None:
         model(torch.randint(3, 128, (2, LENGTH)), use_cache=False)
         with pytest.raises(dmi.HookError, match="one request"):
             dmi.recompute_attention(session.cache(), 0)
-    with torch.no_grad(), dmi.attach(model_of("gpt2"), ["blocks.*.attn.hook_q", "blocks.*.attn.hook_k"], store=tmp_path / "captures") as session:
+    with torch.no_grad(), dmi.attach(model_of("gpt2", **by_layer), ["blocks.*.attn.hook_q", "blocks.*.attn.hook_k"], store=tmp_path / "captures") as session:
         session._model(torch.randint(3, 128, (1, 5)), use_cache=False)
         with pytest.raises(dmi.HookError, match="not known"):
             dmi.recompute_attention(session.cache(session.requests[0]), 0)

@@ -19,7 +19,7 @@ if importlib.util.find_spec("vllm") is None:  # engines are processes of their o
 
 from attribution import balanced, compare
 
-from served import Alone, load, model_on_disk, serve
+from served import Alone, job_of, load, model_on_disk, serve, serve_all
 
 COUNT = int(os.environ.get("DMI_TEST_VLLM_REQUESTS", "120"))
 FULL = pytest.mark.skipif(not os.environ.get("DMI_TEST_FULL"), reason="a minute or more for each engine; `make soak` runs it")
@@ -36,16 +36,32 @@ def test_rows_are_their_requests(qwen3: Path, tmp_path: Path) -> None:
     requests = load(random.Random(fresh_seed()), COUNT, every=0.2, aborts=0.1, prefixes=3)
     settings = {"hooks": ["**"], "store": str(tmp_path / "store"), "mode": "complete"}
     tight: dict[str, Any] = {"enable_prefix_caching": True, "num_gpu_blocks_override": 12, "block_size": 32}
-    result = serve(tmp_path / "observed", qwen3, requests, dmi=settings, **tight)
+    result, plain = serve_all(tmp_path / "engines", [job_of(qwen3, requests, dmi=settings, **tight), job_of(qwen3, requests, **tight)])
     assert result["status"]["observed"] and result["flushed"]
     assert "captures 66 sites" in result["log"]
     assert result["preempted"] > 0 and max(result["cached"].values()) > 0, "the load shows nothing"
     found = compare(tmp_path / "store", Alone(qwen3), requests, result)
     balanced(tmp_path / "store")
     print(f"{found}, {result['steps']} steps, {result['preempted']} preemptions")
-    plain = serve(tmp_path / "unobserved", qwen3, requests, **tight)
     finished = {request["id"] for request in requests if request.get("abort") is None}
     assert {key: plain["tokens"][key] for key in finished} == {key: result["tokens"][key] for key in finished}
+
+
+def test_other_families(tmp_path: Path) -> None:
+    """Other trees of modules: norms behind attention and MLP and sliding windows, learned positions and one tensor between blocks."""
+    seed = fresh_seed()
+    jobs, models = [], {}
+    for number, family in enumerate(("llama", "gemma3", "gpt2")):
+        models[family] = model_on_disk(tmp_path / family, family)
+        settings = {"hooks": ["**"], "store": str(tmp_path / "stores" / family), "mode": "complete"}
+        jobs.append(job_of(models[family], load(random.Random(seed + number), 12, every=0.5), dmi=settings))
+    for (family, model), job, result in zip(models.items(), jobs, serve_all(tmp_path / "engines", jobs), strict=True):
+        assert result["status"]["observed"] and result["flushed"], (family, result["status"])
+        store = tmp_path / "stores" / family
+        found = compare(store, Alone(model), job["requests"], result, whole=len(job["requests"]))
+        balanced(store)
+        print(family, found)
+        assert found.rows > 0
 
 
 @FULL

@@ -114,7 +114,7 @@ def norm_statistics(norm: nn.Module) -> tuple[Transform, Transform]:
     No module exposes them, so they are computed again from its input, as TransformerLens does.
     """
     epsilon = next((getattr(norm, name) for name in ("eps", "variance_epsilon") if hasattr(norm, name)), 1e-5)
-    centred = isinstance(norm, nn.LayerNorm)
+    centred = isinstance(norm, nn.LayerNorm) or type(norm).__name__ == "LayerNorm"  # vLLM has one of its own
 
     def prepared(x: Tensor) -> tuple[Tensor, Tensor]:
         if x.dtype not in (torch.float32, torch.float64):
