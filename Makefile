@@ -273,16 +273,17 @@ gpu-bench: gpu-site gpu-programs
 	$(ON_GPU) bench/gpu_seed.py --save bench/results
 	$(ON_GPU) bench/gpu_drain.py --save bench/results
 
-# vLLM is put beside it, not into it: VLLM_SITE is a folder with vLLM and what it needs, where $(GPU_PYTHON) has none itself.
+# vLLM is put beside it, not into it: VLLM_SITE is a folder with vLLM and what it needs, where $(GPU_PYTHON) has none itself. Neither needs the network; both end within
+# GPU_MINUTES, and the same command goes on where they stopped.
 VLLM_SITE ?=
-gpu-bench-vllm: gpu-site
-	@mkdir -p bin && [ -x bin/bench-sink ] || CGO_ENABLED=0 go build -trimpath -ldflags '-s -w' -o bin/bench-sink ./bench/sink
-	DMI_BIN=$(CURDIR)/$(GPU_SITE)/dmi/bin/dmi PYTHONPATH=$(CURDIR)/$(GPU_SITE):$(VLLM_SITE) $(GPU_PYTHON) bench/gpu_vllm.py --save bench/results
+ON_VLLM    = VLLM_USE_FLASHINFER_SAMPLER=0 VLLM_NO_USAGE_STATS=1 DMI_BIN=$(CURDIR)/$(GPU_SITE)/dmi/bin/dmi PYTHONPATH=$(CURDIR)/$(GPU_SITE):$(VLLM_SITE) $(GPU_PYTHON)
 
-# 100,000 requests through observed vLLM, compiled and in CUDA graphs, each alone through Hugging Face. Needs no network.
+gpu-bench-vllm: gpu-site gpu-programs
+	$(ON_VLLM) bench/gpu_vllm.py --minutes $(GPU_MINUTES) --save bench/results
+
+# 100,000 requests through observed vLLM, compiled and in CUDA graphs, each alone through Hugging Face.
 gpu-attribution: gpu-site
-	DMI_BIN=$(CURDIR)/$(GPU_SITE)/dmi/bin/dmi PYTHONPATH=$(CURDIR)/$(GPU_SITE):$(VLLM_SITE) $(GPU_PYTHON) bench/vllm_attribution.py \
-		--device cuda --dtype bfloat16 --requests 100000 --part 10000 --same --save bench/results
+	$(ON_VLLM) bench/vllm_attribution.py --device cuda --requests 100000 --part 20000 --same --resume build/gpu-attribution --minutes $(GPU_MINUTES) --save bench/results
 
 clean:
 	rm -rf web/node_modules web/dist/assets web/dist/index.html

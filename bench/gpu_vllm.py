@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What observing costs vLLM's engine on a GPU, beside what else gives hidden states there.
 
-    python bench/gpu_vllm.py [variant ...] [--rounds 5] [--save bench/results]     (`make gpu-bench-vllm` has what it needs)
+    python bench/gpu_vllm.py [variant ...] [--rounds 5] [--minutes 9.5] [--save bench/results]     (`make gpu-bench-vllm` has what it needs)
     python bench/gpu_vllm.py --tiny                                                 the same with a tiny model, on the CPU too: to try it out
 
 vLLM's asynchronous engine, compile and CUDA graphs as it chooses them, random weights of Qwen3-4B's shape in bf16; 16 tokens of prompt and 128 generated,
@@ -16,7 +16,8 @@ vllm-lens         vllm-lens's output_residual_stream of the same 36 layers, wher
 transformer-lens  TransformerLens's vLLM driver, where it is installed. It knows no decoding: prompts of 128 tokens run once, all residuals captured,
                   against the unobserved engine generating one token from the same prompts
 
-What a variant cannot run it says, and the result has it as a note. Blocks of the key-value cache are given for each: what its memory costs.
+What a variant cannot run it says, and the result has it as a note. What a variant has come to is kept in build/gpu-vllm: the same command goes on where it stopped, until
+--again. No variant begins that would not end within the minutes. Blocks of the key-value cache are given for each: what its memory costs.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ import result
 ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = ("residual", "statistics", "hidden-states", "vllm-lens", "transformer-lens")
 START_S = 900
+VARIANT_S = 270
+"""What a variant takes, once vLLM has compiled its engine."""
 ANSWER_S = 900
 
 
@@ -164,7 +167,9 @@ class Process:
         line = self.process.stdout.readline() if ready else ""
         if not line:
             self.process.kill()
-            raise NotRun(self.log.read_text(errors="replace").strip().splitlines()[-1:] or ["it said nothing"])
+            said = self.log.read_text(errors="replace").strip().splitlines()
+            errors = [line for line in said if re.search(r"\b\w*Error\b:? ", line) and "raise " not in line and "EngineDeadError" not in line]
+            raise NotRun((errors or said)[-1:] or ["it said nothing"])
         return dict(json.loads(line))
 
     def ask(self, what: str, **arguments: Any) -> dict[str, Any]:
@@ -259,14 +264,15 @@ def p99(values: Sequence[float]) -> float:
 
 
 class Bench:
-    def __init__(self, given: argparse.Namespace, plain: Process) -> None:
+    """What comes of one variant."""
+
+    def __init__(self, given: argparse.Namespace, plain: Process, rate: float) -> None:
         self.given, self.plain = given, plain
         self.rows: list[dict[str, Any]] = []
-        self.notes: list[str] = []
         self.raw: dict[str, Any] = {}
         self.prompt, self.tokens = (8, 6) if given.tiny else (16, 128)
         self.batches = (1, 4) if given.tiny else (1, 32, 256)
-        self.rate = 0.0  # of arrivals, a second
+        self.rate = rate  # of arrivals, a second
 
     def row(self, metric: str, value: float, unit: str, **rest: Any) -> None:
         self.rows.append(result.row(metric, value, unit, **rest))
@@ -285,13 +291,13 @@ class Bench:
     def arrivals(self) -> list[float]:
         choose, at = random.Random(1), 0.0
         out = []
-        for _ in range(8 if self.given.tiny else max(64, int(15 * self.rate))):
+        for _ in range(8 if self.given.tiny else max(64, int(10 * self.rate))):
             at += choose.expovariate(self.rate)
             out.append(at)
         return out
 
     def compare(self, process: Process, what: str, arrivals: Sequence[float], goal: float | None) -> None:
-        """Turns of the variant and of the unobserved engine. `goal`: of the median throughput's loss, twice that at p99 between tokens."""
+        """Turns of the variant and of the unobserved engine. `goal`: of what may be lost, twice that at p99."""
         turns: dict[str, list[dict[str, Any]]] = {"ours": [], "plain": []}
         for number in range(self.given.rounds + 1):  # the first warms up
             order = [("ours", process), ("plain", self.plain)][:: 1 if number % 2 else -1]
@@ -308,7 +314,7 @@ class Bench:
         }
         for name, (unit, figure, more_is_better) in figures.items():
             ratio = statistics.median(figure(a) / figure(b) for a, b in zip(ours, plain, strict=True))
-            bound = None if goal is None or name.startswith("first") else goal * (2 if name.endswith("p99") else 1)
+            bound = None if goal is None else goal * (2 if name.endswith("p99") else 1)
             met = None if bound is None else (ratio >= 1 - bound if more_is_better else ratio <= 1 + bound)
             wanted = "" if bound is None else (f">= {1 - bound:.2f}" if more_is_better else f"<= {1 + bound:.2f}") + " of unobserved"
             self.row(f"{process.name}, {what}: {name}", statistics.median(map(figure, ours)), unit, baseline=statistics.median(map(figure, plain)), ratio=ratio, goal=wanted, met=met)
@@ -347,6 +353,8 @@ def main() -> None:
     parser.add_argument("variants", nargs="*", default=VARIANTS, help=", ".join(VARIANTS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--minutes", type=float, default=float("inf"))
+    parser.add_argument("--again", action="store_true", help="also variants that came to their end before")
     parser.add_argument("--save", type=Path)
     parser.add_argument("--commit", default="")
     parser.add_argument("--engine", help=argparse.SUPPRESS)  # this file as an engine's process
@@ -362,6 +370,30 @@ def main() -> None:
     cuda = torch.cuda.is_available()
     if not cuda and not given.tiny:
         raise SystemExit("gpu_vllm: there is no GPU here; --tiny tries it out on the CPU")
+    kept = ROOT / "build" / ("gpu-vllm-tiny" if given.tiny else "gpu-vllm")
+    kept.mkdir(parents=True, exist_ok=True)
+    if given.again:
+        for file in kept.glob("*.json"):
+            file.unlink()
+    left = [name for name in given.variants if not (kept / f"{name}.json").exists()]
+    if left:
+        measure(left, given, cuda, kept)
+    done = {name: json.loads((kept / f"{name}.json").read_text()) for name in given.variants if (kept / f"{name}.json").exists()}
+    if given.save:
+        import vllm
+
+        where = torch.cuda.get_device_name().replace(" ", "-") if cuda else f"{os.cpu_count()}core"
+        said = [f"vLLM {vllm.__version__}", f"{given.rounds} rounds", *(["a tiny model: its figures say nothing but that it runs"] if given.tiny else [])]
+        said += [each["note"] for each in done.values() if each["note"]] + [f"{name} was not run yet" for name in given.variants if name not in done]
+        short = (where.split("-")[1] if cuda else where) + ("-tiny" if given.tiny else "")
+        rows = [row for each in done.values() for row in each["rows"]]
+        raw = {what: turns for each in done.values() for what, turns in each["raw"].items()}
+        print("written to", result.write("gpu_vllm", rows, folder=given.save, commit=given.commit, machine=f"{where}, torch {torch.__version__}", short=short, note="; ".join(said), raw=raw))
+
+
+def measure(left: Sequence[str], given: argparse.Namespace, cuda: bool, kept: Path) -> None:
+    """Those that are left, as far as there is time; what each has come to goes into a file of its own."""
+    begun, saturation = time.monotonic(), kept / "saturation"
     with tempfile.TemporaryDirectory(prefix="dmi-vllm-") as temporary:
         folder = Path(temporary)
         shape = model_folder(folder / "model", given.tiny)
@@ -369,25 +401,25 @@ def main() -> None:
                   "max_num_seqs": 256, "enable_prefix_caching": False}  # fmt: skip
         engine |= {"gpu_memory_utilization": 0.42} if cuda else {"kv_cache_memory_bytes": 64 << 20, "enforce_eager": True}
         plain = Process("unobserved", {"variant": "unobserved", "engine": engine, "vocabulary": shape["vocab_size"]}, {"VLLM_LENS_DISABLE": "1", "DMI_DISABLE": "1"}, folder)
-        bench = Bench(given, plain)
         try:
-            bench.saturate()
-            for name in given.variants:
+            if not saturation.exists():
+                first = Bench(given, plain, 0.0)
+                first.saturate()
+                saturation.write_text(str(first.rate))
+            for number, name in enumerate(left):
+                if number and time.monotonic() - begun + VARIANT_S > 60 * given.minutes:
+                    print(f"{name} does not fit {given.minutes:g} minutes; the same command goes on with it", flush=True)
+                    break
+                bench, note = Bench(given, plain, float(saturation.read_text())), ""
                 try:
                     with variant(name, given, engine, shape, folder) as process:
                         bench.measure(name, process)
                 except NotRun as reason:
-                    bench.notes.append(f"{name} was not run, or not to its end: {reason}")
-                    print(bench.notes[-1], flush=True)
+                    note = f"{name} was not run, or not to its end: {reason}"
+                    print(note, flush=True)
+                (kept / f"{name}.json").write_text(json.dumps({"rows": bench.rows, "raw": bench.raw, "note": note}))
         finally:
             plain.close()
-    if given.save:
-        import vllm
-
-        where = torch.cuda.get_device_name().replace(" ", "-") if cuda else f"{os.cpu_count()}core"
-        note = f"vLLM {vllm.__version__}, {given.rounds} rounds" + ("; a tiny model: its figures say nothing but that it runs" if given.tiny else "") + "".join(f"; {note}" for note in bench.notes)
-        short = (where.split("-")[1] if cuda else where) + ("-tiny" if given.tiny else "")
-        print("written to", result.write("gpu_vllm", bench.rows, folder=given.save, commit=given.commit, machine=f"{where}, torch {torch.__version__}", short=short, note=note, raw=bench.raw))
 
 
 if __name__ == "__main__":

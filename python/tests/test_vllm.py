@@ -102,13 +102,13 @@ def test_two_ranks(qwen3: Path, tmp_path: Path) -> None:
 
 @FULL
 def test_hooks_and_the_compile_cache(qwen3: Path, tmp_path: Path) -> None:
-    """Compiled, with vLLM's cache of what it compiled: hooks change from start to start, and each time these are the ones that capture. A point that only a
-    module path names is one of them."""
+    """Compiled, with vLLM's cache of what it compiled: hooks change from start to start, and each time these are the ones that capture. Among them are points
+    that only a module path names: an output, an input, an element of a tuple, which the next norm takes over the memory of. Where captures go is no part of the cache."""
     alone = Alone(qwen3)
     loaded = []
-    point = "model.layers.1.self_attn:out"
-    runs: list[list[str]] = [[], ["hook_embed", "blocks.2.hook_resid_post", "logits"], ["hook_embed", "blocks.*.hook_resid_post", point, "logits"],
-                             ["hook_embed", "blocks.*.hook_resid_post", point, "logits"]]  # fmt: skip
+    points = {"model.layers.1.self_attn:out": "blocks.1.hook_attn_out", "model.layers.1.mlp:in": "blocks.1.ln2.hook_out", "model.layers.1:out.1": "blocks.1.hook_resid_mid"}
+    declared = ["hook_embed", "blocks.*.hook_resid_post", *points, "logits"]
+    runs: list[list[str]] = [[], ["hook_embed", "blocks.*.hook_resid_post", "logits"], declared, declared]
     for turn, hooks in enumerate(runs):
         requests = load(random.Random(fresh_seed() + turn), 8)
         store = tmp_path / f"store{turn}"
@@ -119,10 +119,11 @@ def test_hooks_and_the_compile_cache(qwen3: Path, tmp_path: Path) -> None:
             continue
         assert result["status"]["observed"] and result["flushed"], result["status"]
         compare(store, alone, requests, result, whole=0)
-        if point in hooks:
-            for request in requests:
-                cache = dmi.open(store).cache(request=request["id"])
-                expected = alone.run(cache.tokens.tolist())["blocks.1.hook_attn_out"][: len(cache.positions_of(point))]
-                torch.testing.assert_close(cache.get(point), expected, rtol=1e-3, atol=1e-3)
+        for request in requests if hooks is declared else ():
+            cache = dmi.open(store).cache(request=request["id"])
+            expected = alone.run(cache.tokens.tolist())
+            for point, name in points.items():
+                assert cache.positions_of(point).tolist() == cache.positions_of("hook_embed").tolist()
+                torch.testing.assert_close(cache.get(point), expected[name][: len(cache.positions_of(point))], rtol=1e-3, atol=1e-3)
     assert loaded[1] == loaded[2] == 0, "what was compiled for other hooks was used again"
     assert loaded[3] > 0, "the cache is of no use: nothing was tested"

@@ -103,6 +103,37 @@ def test_other_ranks_are_not_what_serves_unobserved(caplog: pytest.LogCaptureFix
     assert caplog.text == "" and status.told() == {} and not it.dmi_status()["observed"]
 
 
+SPECULATION = SimpleNamespace(enable_adaptive_verification=False)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "config", "reason"),
+    [
+        ({"pipeline_parallel_size": 2}, {}, "pipeline parallelism is not supported"),
+        ({"prefill_context_parallel_size": 2}, {}, "prefill context parallelism"),
+        ({"enable_batch_sharded_sampling": True}, {}, "batch-sharded sampling"),
+        ({"enable_dbo": True}, {}, "micro-batches"),
+        ({"tensor_parallel_size": 2}, {"compilation_config": SimpleNamespace(pass_config=SimpleNamespace(enable_sp=True))}, "sequence parallelism"),
+        ({}, {"model_config": SimpleNamespace(is_diffusion=True)}, "diffusion models"),
+        ({}, {"speculative_config": SPECULATION, "scheduler_config": SimpleNamespace(async_scheduling=True)}, "set --no-async-scheduling"),
+        ({}, {"speculative_config": SimpleNamespace(enable_adaptive_verification=True), "scheduler_config": SimpleNamespace(async_scheduling=False)}, "adaptive verification"),
+        ({}, {"speculative_config": SPECULATION, "scheduler_config": SimpleNamespace(async_scheduling=False)}, ""),
+        ({}, {"scheduler_config": SimpleNamespace(async_scheduling=True)}, ""),
+    ],
+)
+def test_what_is_refused(parallel: Any, config: Any, reason: str, caplog: pytest.LogCaptureFixture) -> None:
+    """What would put rows where we do not look for them; speculation without asynchronous scheduling, and that alone, are fine."""
+    it = worker(ASKED, **parallel)
+    vars(it.vllm_config).update(config)
+    if not reason:
+        assert unsupported(it, it.vllm_config) == ""
+        return
+    with caplog.at_level(logging.WARNING, "vllm.dmi"):
+        Plugin.into(it, it.vllm_config)
+        serves(it)
+    said(it, caplog, reason)
+
+
 def test_data_parallel_engines_tell_of_themselves(vllm: Any) -> None:
     """Each counts its ranks from 0; those of dense models reset their rank, and keep an index."""
     vllm.__version__ = "0.1"

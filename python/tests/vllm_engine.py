@@ -7,6 +7,7 @@ aborted, `extra`, arguments of its own, and `logprobs`, of its prompt; `cache`, 
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import sys
@@ -56,10 +57,12 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     scheduler._preempt_request = watched
     guesses = {"drafted": 0, "accepted": 0}
     tell = scheduler.make_spec_decoding_stats
+    told = inspect.signature(tell)
 
     def counted(*args: Any, **kwargs: Any) -> Any:
-        guesses["drafted"] += kwargs["num_draft_tokens"]
-        guesses["accepted"] += kwargs["num_accepted_tokens"]
+        given = told.bind(*args, **kwargs).arguments
+        guesses["drafted"] += given["num_draft_tokens"]
+        guesses["accepted"] += given["num_accepted_tokens"]
         return tell(*args, **kwargs)
 
     scheduler.make_spec_decoding_stats = counted
@@ -87,7 +90,9 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
             print(f"step {step}: {len(tokens)} of {len(job['requests'])} requests have begun", flush=True)
     observed = "dmi" in job["engine"].get("additional_config", {}) or "DMI_HOOKS" in os.environ
     result = {"tokens": tokens, "cached": cached, "references": references, "preempted": len(preempted), "steps": step, **guesses,
-              "runner": str(llm.collective_rpc(runner_of)[0]), "loaded": compilation_counter.num_aot_artifacts_loaded}
+              "runner": str(llm.collective_rpc(runner_of)[0]), "loaded": getattr(compilation_counter, "num_aot_artifacts_loaded", 0),
+              "asynchronous": bool(engine.vllm_config.scheduler_config.async_scheduling), "compiled": str(engine.vllm_config.compilation_config.mode),
+              "graphs": str(engine.vllm_config.compilation_config.cudagraph_mode)}
     if observed:
         result["flushed"] = llm.collective_rpc("dmi_flush")[0]
         result["status"], *result["others"] = llm.collective_rpc("dmi_status")

@@ -177,7 +177,8 @@ class _Vocabulary:
 
     def _added(self, layer: int, path: str, part: str, module: str, norm: str | None, projected: str) -> None:
         """What attention or MLP adds to the residual stream: after a norm where there is one."""
-        name, at = f"blocks.{layer}", {"layer": layer}
+        name = f"blocks.{layer}"
+        at: dict[str, Any] = {"layer": layer}
         raw, whole = f"{name}.{part}.hook_out", f"{path}.{module}"
         if norm is None:
             self.add(f"{name}.hook_{part}_out", Tap(whole, "out"), self.d_model, aliases=(raw, whole, projected), **at)
