@@ -212,8 +212,7 @@ class Link:
         """Send without blocking; called under the lock. Without an engine nothing is sent: the state says it later."""
         if self._socket is None or self._closing:
             return
-        for message in messages:
-            self._put(frame(message))
+        self._put(b"".join([frame(message) for message in messages]))
 
     def _put(self, data: bytes) -> None:
         view = memoryview(data)
@@ -221,12 +220,14 @@ class Link:
             with contextlib.suppress(OSError):  # what is wrong with the socket the thread will see as well
                 view = view[self._socket.send(view) :]
         if view:
+            idle = not self._outbox
             self._outbox.append(view)
             self._outbox_bytes += len(view)
             if self._outbox_bytes > OUTBOX_BYTES and self._socket is not None:
                 with contextlib.suppress(OSError):
                     self._socket.shutdown(socket.SHUT_RDWR)
-            self._wake()
+            if idle:  # else the thread waits for room already: each time that it wakes up takes the interpreter from the model
+                self._wake()
 
     def barrier(self, steps: dict[int, int], timeout_s: float, absent_s: float | None = None) -> None:
         """Wait until everything up to these steps, by lane, and every message so far is durable; no longer than `absent_s` where

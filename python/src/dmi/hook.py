@@ -70,18 +70,18 @@ class Collector:
         """Whether the forward is traced as a whole, so that a group may go on into the next block. Where blocks are compiled one by
         one, each has to begin with nothing waiting, or no two would be compiled alike."""
 
-    def put(self, group: Group, place: int, tensor: Tensor, training: bool) -> None:
+    def put(self, group: Group, place: int, tensor: Tensor, training: bool, traced: bool | None = None) -> None:
         self.tensors.append(tensor.detach() if tensor.requires_grad else tensor)
         self.groups.append(group)
         self.places.append(place)
-        if not torch.compiler.is_compiling():  # shapes would become guards
+        if not (torch.compiler.is_compiling() if traced is None else traced):  # shapes would become guards
             self.held_bytes += tensor.nbytes
         if training or self.held_bytes > self.bound_bytes:
             self.flush()
 
-    def block_ends(self) -> None:
+    def block_ends(self, traced: bool) -> None:
         """A place where a group may end."""
-        if torch.compiler.is_compiling():
+        if traced:
             if not self.whole or self.enough_bytes == 0 or len(self.tensors) >= ENOUGH_TRACED:
                 self.flush()
         elif self.held_bytes >= self.enough_bytes:
@@ -92,7 +92,7 @@ class Collector:
         if len(self.tensors) > 0:
             # The numbers are looked up here and not before: an int that Dynamo finds early it takes for a constant.
             sites = [group.sites[place] for group, place in zip(self.groups, self.places, strict=True)]
-            torch.ops.dmi.capture(self.ring, self.tensors, sites)
+            torch.ops.dmi.capture.default(self.ring, self.tensors, sites)
             self._let_go()
 
     def clear(self) -> None:
@@ -116,14 +116,14 @@ class Group:
         self.last = last
         """Nothing of the forward is captured after it."""
 
-    def put(self, place: int, tensor: Tensor, training: bool) -> None:
-        self.collector.put(self, place, tensor, training)
+    def put(self, place: int, tensor: Tensor, training: bool, traced: bool | None = None) -> None:
+        self.collector.put(self, place, tensor, training, traced)
 
-    def end(self) -> None:
+    def end(self, traced: bool) -> None:
         if self.last:
             self.collector.flush()
         else:
-            self.collector.block_ends()
+            self.collector.block_ends(traced)
 
 
 class Alone:
@@ -132,10 +132,10 @@ class Alone:
     def __init__(self, collector: Collector) -> None:
         self.collector = collector
 
-    def put(self, site: int, tensor: Tensor, training: bool) -> None:
-        torch.ops.dmi.capture(self.collector.ring, [tensor.detach()], [site])
+    def put(self, site: int, tensor: Tensor, training: bool, traced: bool | None = None) -> None:
+        torch.ops.dmi.capture.default(self.collector.ring, [tensor.detach()], [site])
 
-    def end(self) -> None:
+    def end(self, traced: bool) -> None:
         pass
 
 
@@ -147,11 +147,11 @@ class Spread:
         self.target = target
         self.waiting: list[tuple[int, Tensor]] = []
 
-    def put(self, site: int, tensor: Tensor, training: bool) -> None:
+    def put(self, site: int, tensor: Tensor, training: bool, traced: bool | None = None) -> None:
         self.waiting.clear()  # what a forward that was aborted left behind
         self.waiting.append((site, tensor))
 
-    def end(self) -> None:
+    def end(self, traced: bool) -> None:
         pass
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -211,19 +211,20 @@ class OutputHook:
         self.ends = ends
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        # Asked once: to a model that has filled the caches, every Python function that is called is one that has to be fetched from memory.
         if torch.compiler.is_compiling():
             with symbolic_sites():
-                self.take(module, output)
+                self.take(module, output, True)
         else:
-            self.take(module, output)
+            self.take(module, output, False)
 
-    def take(self, module: nn.Module, output: Any) -> None:
+    def take(self, module: nn.Module, output: Any, traced: bool) -> None:
         for place, which, transform in self.entries:
             tensor = element(output, which)
             if isinstance(tensor, Tensor):
-                self.target.put(place, tensor if transform is None else transform(tensor), module.training)
+                self.target.put(place, tensor if transform is None else transform(tensor), module.training, traced)
         if self.ends:
-            self.target.end()
+            self.target.end(traced)
 
 
 class InputHook:
@@ -237,14 +238,14 @@ class InputHook:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
             with symbolic_sites():
-                self.take(module, args, kwargs)
+                self.take(module, args, kwargs, True)
         else:
-            self.take(module, args, kwargs)
+            self.take(module, args, kwargs, False)
 
-    def take(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def take(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], traced: bool) -> None:
         for place, which, transform in self.entries:
             tensor = argument(args, kwargs, which)
             if isinstance(tensor, Tensor):
-                self.target.put(place, tensor if transform is None else transform(tensor), module.training)
+                self.target.put(place, tensor if transform is None else transform(tensor), module.training, traced)
         if self.ends:
-            self.target.end()
+            self.target.end(traced)

@@ -178,10 +178,9 @@ class Requests(Sequence[str]):
             if record.ended_ns:
                 return
             record.ended_ns, record.reason, record.last_step = time.time_ns(), reason, step or 0
-            if record.dirty:
-                record.dirty = False
-                self.send({"type": "requests", "requests": [self._describe(record)]})
-            self.send(self._ending(record))
+            told = [{"type": "requests", "requests": [self._describe(record)]}] if record.dirty else []
+            record.dirty = False
+            self.send(*told, self._ending(record))
             self._unconfirmed += 1
             if self._unconfirmed >= UNCONFIRMED:
                 self._unconfirmed = 0
