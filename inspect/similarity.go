@@ -266,23 +266,38 @@ func dot(x, y []float64) float64 {
 
 func gramOf(ctx context.Context, rows [][]float32) (gram, error) {
 	g := gram{n: len(rows), k: make([]float64, len(rows)*len(rows))}
-	wide := make([][]float64, len(rows))
-	for i, row := range rows {
-		if len(row) != len(rows[0]) {
+	width := 0
+	for _, row := range rows {
+		if width = len(row); width != len(rows[0]) {
 			return g, badArgument("name requests of one model", "similarity: rows of a site have %d and %d elements", len(rows[0]), len(row))
 		}
-		wide[i] = make([]float64, len(row))
-		for d, v := range row {
-			wide[i][d] = float64(v)
+	}
+	// A few columns of some rows against some others: both stay in a core's own cache while each is multiplied with each.
+	const columns, together = 512, 32
+	wide := make([]float64, g.n*min(columns, width))
+	for from := 0; from < width; from += columns {
+		n := min(columns, width-from)
+		for i, row := range rows {
+			for d, v := range row[from : from+n] {
+				wide[i*n+d] = float64(v)
+			}
+		}
+		for top := 0; top < g.n; top += together {
+			if err := ctx.Err(); err != nil {
+				return g, err
+			}
+			for left := 0; left <= top; left += together {
+				for i := top; i < min(top+together, g.n); i++ {
+					for j := left; j < min(left+together, i+1); j++ {
+						g.k[i*g.n+j] += dot(wide[i*n:(i+1)*n], wide[j*n:(j+1)*n])
+					}
+				}
+			}
 		}
 	}
-	for i, x := range wide {
-		if err := ctx.Err(); err != nil {
-			return g, err
-		}
-		for j, y := range wide[:i+1] {
-			product := dot(x, y)
-			g.k[i*g.n+j], g.k[j*g.n+i] = product, product
+	for i := range g.n {
+		for j := range i {
+			g.k[j*g.n+i] = g.k[i*g.n+j]
 		}
 	}
 	return g, nil

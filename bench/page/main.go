@@ -44,7 +44,7 @@ func run(dir string, tokens, requests, readers int, out string) error {
 	}
 	fmt.Fprintf(os.Stderr, "store made in %.0f s\n", time.Since(begun).Seconds())
 	load := result.Load()
-	rows, err := drive("bench/page/views.mjs", store, longstore.LongRequest, longstore.ShortRequest)
+	rows, err := drive("bench/page/views.mjs", store, longstore.LongRequest, longstore.ShortRequest, strconv.Itoa(tokens))
 	if err != nil {
 		return err
 	}

@@ -1,8 +1,9 @@
 // Opens every view of a store that main.go made, cold and warm, and prints how long each took until it was drawn: a list of figures, as JSON.
-//   node bench/page/views.mjs STORE LONG_REQUEST SHORT_REQUEST_PREFIX
+//   node bench/page/views.mjs STORE LONG_REQUEST SHORT_REQUEST_PREFIX TOKENS
 import { launch, openTab, startPage } from '../../web/test/world.mjs';
 
 const [store, long, short] = process.argv.slice(2);
+const tokens = Number(process.argv[5]); // of the long request
 const run = long.split('.')[0];
 const figures = [];
 const note = (metric, value, unit, goal = {}) => {
@@ -14,11 +15,11 @@ const note = (metric, value, unit, goal = {}) => {
 const map = (columns, word = '') => `document.querySelector('.heat-cells[data-columns="${columns}"]') && document.querySelector('.legend').textContent.includes('${word}')`;
 const views = [
   ['requests', '#/requests', `document.querySelectorAll('tbody tr').length === 100`],
-  ['request of 4,096 tokens', `#/request?id=${long}&stat=l2`, map(4096, 'l2')],
-  ['the same, another statistic', `#/request?id=${long}&stat=absmax`, map(4096, 'absmax')],
-  ['a cell of it', `#/request?id=${long}&stat=absmax&cell=blocks.20.hook_resid_post:2000`, `document.querySelector('.vector [data-norm]')`],
+  [`request of ${tokens.toLocaleString('en')} tokens`, `#/request?id=${long}&stat=l2`, map(tokens, 'l2')],
+  ['the same, another statistic', `#/request?id=${long}&stat=absmax`, map(tokens, 'absmax')],
+  ['a cell of it', `#/request?id=${long}&stat=absmax&cell=blocks.20.hook_resid_post:${tokens >> 1}`, `document.querySelector('.vector [data-norm]')`],
   ['one of 10,000 requests', `#/request?id=${short}77`, map(4)],
-  ['statistics of the run', `#/statistics?run=${run}`, `document.querySelector('dd[data-norm]') && document.body.textContent.includes('dead')`],
+  ['statistics of the run', `#/statistics?run=${run}`, `document.querySelector('dd[data-norm]') && document.body.textContent.includes('dead') && document.querySelector('[data-turn]')`],
   ['structure of the run', `#/structure?run=${run}`, `document.querySelector('.heat-cells[data-columns="36"]')`],
   ['two requests compared', `#/compare?a=${short}1&b=${short}2`, map(4)],
   ['now', '#/now', `document.body.textContent.includes('No model is attached')`],
@@ -74,7 +75,7 @@ try {
     };
     requestAnimationFrame(frame);
   }));
-  note('panning over 36 layers x 4,096 tokens, software rendering', Math.min(frames, moved + 10) / seconds, 'frames/s', { at_least: 30 });
+  note(`panning over 36 layers x ${tokens.toLocaleString('en')} tokens, software rendering`, Math.min(frames, moved + 10) / seconds, 'frames/s', { at_least: 30 });
   const wrong = tab.wrong.filter((text) => !text.includes('404')); // this store has no unembedding for the logit lens, which the page then says
   if (wrong.length) throw new Error(wrong.join('\n'));
 } finally {
