@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import dmi
-from dmi.serving import Observed, main
+from dmi.serving import Observed, _escaped, main
 from dmi.vllm.settings import Settings
 from observed import fresh_seed, model_of
 from served import tokenizer_on_disk
@@ -159,7 +159,8 @@ def test_what_cannot_be_observed_is_served(tmp_path: Path, caplog: pytest.LogCap
     server.attach(model)
     assert "LlamaForCausalLM is served UNOBSERVED, nothing is captured: HookError: " in caplog.text and not model._forward_hooks
     (line,) = [line for line in server.metrics().splitlines() if not line.startswith("#")]
-    assert line.startswith('dmi_transformers_observed{model="LlamaForCausalLM",reason="HookError: ') and line.endswith('"} 0') and "\\n" in line
+    assert line.startswith('dmi_transformers_observed{model="LlamaForCausalLM",reason="HookError: ') and line.endswith('"} 0')
+    assert _escaped('a "name"\\\n') == 'a \\"name\\"\\\\\\n'
     assert server.reference("x")["reason"].startswith("HookError: ") and not server.reference("x")["observed"]
     assert Observed(None).reference("x") == {"observed": False, "reason": "DMI was not asked to observe"}
     server.detach(model)

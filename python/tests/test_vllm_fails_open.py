@@ -161,7 +161,7 @@ def test_attaching_fails(additional: Any, reason: str, caplog: pytest.LogCapture
 def test_something_goes_wrong_in_a_step(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first error ends the observation."""
     ended: list[str] = []
-    session = SimpleNamespace(id="s1", sites=["a"], store="captures", skipped=[], status=lambda: {}, detach=lambda: ended.append("detached"))
+    session = SimpleNamespace(id="s1", sites=["a"], store="captures", skipped=[], memory_mib={"ring": 1.0, "staging": 1.0}, status=lambda: {}, detach=lambda: ended.append("detached"))
 
     class Broken:
         def scheduled(self, output: Any) -> None:
