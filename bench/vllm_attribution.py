@@ -66,17 +66,17 @@ def prepare(model: Path, dtype: str) -> None:
     _alone = Alone(model, dtype)
 
 
-def compare_piece(store: Path, dtype: str, requests: list[dict[str, Any]], result: dict[str, Any]) -> Found:
-    return compare(store, _alone, requests, result, whole=0, dtype=dtype, piece=PIECE)
+def compare_piece(store: Path, precision: str, requests: list[dict[str, Any]], result: dict[str, Any]) -> Found:
+    return compare(store, _alone, requests, result, whole=0, dtype=precision, piece=PIECE)
 
 
-def compared(pool: ProcessPoolExecutor, store: Path, dtype: str, requests: list[dict[str, Any]], result: dict[str, Any], begun: float) -> Found:
+def compared(pool: ProcessPoolExecutor, store: Path, precision: str, requests: list[dict[str, Any]], result: dict[str, Any], begun: float) -> Found:
     """All of a part, in pieces."""
     total, pieces = Found(), []
     for start in range(0, len(requests), PIECE):
         piece = requests[start : start + PIECE]
         told = {name: {request["id"]: result[name][request["id"]] for request in piece if request["id"] in result[name]} for name in ("tokens", "cached")}
-        pieces.append(pool.submit(compare_piece, store, dtype, piece, told))
+        pieces.append(pool.submit(compare_piece, store, precision, piece, told))
     said = time.monotonic()
     for piece in pieces:
         add(total, vars(piece.result()))
@@ -102,7 +102,8 @@ def run_part(part: int, count: int, model: Path, folder: Path, pool: ProcessPool
     result = serve(folder / "observed", model, requests, dmi=settings, timeout_s=7200, **engine)
     assert result["status"]["observed"] and result["flushed"], result["status"]
     print(f"part {part}: {len(requests)} requests, {result['steps']} steps, {result['preempted']} preemptions, {result['drafted']} guesses, {sum(result['cached'].values())} tokens from the prefix cache; {time.monotonic() - begun:.0f} s", flush=True)
-    found = compared(pool, folder / "store", arguments.dtype, requests, result, begun)
+    precision = "tf32" if arguments.device == "cuda" and arguments.dtype == "float32" else arguments.dtype
+    found = compared(pool, folder / "store", precision, requests, result, begun)
     books = {outcome: sum(reasons.values()) for outcome, reasons in balanced(folder / "store")["outcomes"].items()}
     same = same_tokens(folder, model, requests[:SAME], settings, engine) if arguments.same and part < 3 and (part == 0 or guesses) else 0
     figures = {name: result[name] for name in ("steps", "preempted", "drafted", "accepted")}
