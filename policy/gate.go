@@ -26,6 +26,18 @@ func (c *Class) Gate() tensor.Gate {
 	return gate
 }
 
+// Exact reports whether producers can tell the rows of all rules apart, so that what a rule leaves out does not leave the device.
+func (d *Document) Exact() bool {
+	for i := range d.Rules {
+		if s := &d.Rules[i].Select; s.byRows() {
+			if _, exact := (&Clause{Rows: s}).gate(); !exact {
+				return false
+			}
+		}
+	}
+	return true
+}
+
 // enough is the one level that rows have, if they are not off; full where they have several.
 func (c *Class) enough() tensor.Level {
 	level := tensor.Off

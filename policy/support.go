@@ -26,6 +26,11 @@ func DefaultRule(d *Document) Rule {
 // WholeSites is what every producer can: capture a site in full, or not at all.
 var WholeSites = Abilities{Levels: map[tensor.Level]bool{tensor.Full: true, tensor.Off: true}}
 
+// Pushable is to which levels pressure may push rules. What a rule says of rows that producers cannot tell apart the engine has to do itself, which saves disk, but not the way to it.
+func (d *Document) Pushable(l tensor.Level) bool {
+	return l == tensor.Full || l == tensor.Off || d.Budgets.Copied == 0 || d.Exact()
+}
+
 // Check says what of a document producers cannot do, as a *ParseError; nil: nothing.
 func (d *Document) Check(a Abilities) error {
 	var problems []Problem
@@ -47,8 +52,8 @@ func (d *Document) Check(a Abilities) error {
 			switch {
 			case !a.Has(l.Level):
 				has(r.Line, r.Name+": degrade", l)
-			case l.Level != tensor.Full && l.Level != tensor.Off && d.Budgets.Copied > 0:
-				bad(r.Line, "%s: degrade: %v does not hold copied_bytes_per_s: where rows are told apart by more than a producer knows, what it leaves out is copied all the same", r.Name, l)
+			case !d.Pushable(l.Level):
+				bad(r.Line, "%s: degrade: %v does not hold copied_bytes_per_s: some rule tells rows apart by more than a producer knows (ids, tags, windows of prompt or generated), and what is left out of those is copied all the same", r.Name, l)
 			}
 		}
 		if r.Select.byRows() && !a.Rows {

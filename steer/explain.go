@@ -85,7 +85,7 @@ func (h *Helm) status(f force) Status {
 			rule, n = d.Rules[i], i
 		}
 		r := RuleStatus{Name: rule.Name, Level: rule.Level.String(), InForce: f.inForce(n, rule.Level).String(), Priority: rule.Priority}
-		for _, l := range rule.Ladder(pushable(d)) {
+		for _, l := range rule.Ladder(d.Pushable) {
 			r.Ladder = append(r.Ladder, l.String())
 		}
 		s.Rules = append(s.Rules, r)

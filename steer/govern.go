@@ -97,19 +97,12 @@ func ruleAt(d *policy.Document, i int) int {
 	return i
 }
 
-// pushable is to which levels pressure may push rules of a document. What a rule says of some rows of a site the engine may have to do itself, which saves disk, but not the way to it.
-func pushable(d *policy.Document) func(tensor.Level) bool {
-	return func(l tensor.Level) bool {
-		return l == tensor.Full || l == tensor.Off || d.Budgets.Copied == 0
-	}
-}
-
 func ladderOf(d *policy.Document, i int) []policy.Level {
 	rule := policy.DefaultRule(d)
 	if i < len(d.Rules) {
 		rule = d.Rules[i]
 	}
-	return rule.Ladder(pushable(d))
+	return rule.Ladder(d.Pushable)
 }
 
 // governed prices every rung of every rule, over the sites of producers in best-effort mode. A rule without sites has nothing to give.

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -132,3 +133,29 @@ def test_a_stopped_engine_lowers_rules_and_restores_them(tmp_path: Path) -> None
     assert balanced(books)
     assert rows_of(books, "dropped") > 0
     assert number >= 3  # set, down, up
+
+
+def test_a_budget_for_copies_is_held_by_levels_that_the_producer_gives(tmp_path: Path) -> None:
+    """Rules step down a rung that still captures something, and no more than the budget leaves the ring."""
+    model = llama()
+    with quiet(), dmi.attach(model, "blocks.*.hook_resid_post", store=tmp_path / "s", mode="best-effort") as session:
+        rules = 'rules:\n- {name: stream, hooks: hook_resid_post, phase: prefill, level: full, degrade: [int8, sampled/16, stats, "off"]}\n'
+        session.policy.set(rules)
+
+        def copied() -> int:
+            (attached,) = [a for a in session._answering().get("/status")["attached"] if a["session"] == session.id]
+            return int(attached["copied_bytes"])
+
+        with serving(model):
+            until(lambda: session.policy.get()["rules"][0]["bytes_per_s"] or 0)
+            time.sleep(2)
+            budget = session.policy.get()["rules"][0]["bytes_per_s"] / 6  # less than int8 takes, more than a sixteenth
+            session.policy.set(f"budgets: {{copied_bytes_per_s: {budget:.0f}}}\n{rules}")
+            until(lambda: lowered(session).get("stream") in ("sampled/16", "stats"))
+            time.sleep(0.5)  # what was under way is through
+            before, begun = copied(), time.monotonic()
+            time.sleep(3)
+            rate = (copied() - before) / (time.monotonic() - begun)
+            assert 0 < rate <= budget, (rate, budget, lowered(session))
+        session.flush()
+        assert balanced(session.coverage())
