@@ -285,6 +285,10 @@ describe('the page', { skip: skip || false, timeout: 600_000 }, () => {
     const scale = await legend(tab, 'section > .heat');
     const alike = await pixels(tab, pairs.map((p) => [p.layer_a, p.layer_b]), 'section > .heat');
     for (const [i, p] of pairs.entries()) assert.ok(near(alike[i], colourOf(p.cosine, { ...scale, low: scale.low })), `layers ${p.layer_a} and ${p.layer_b}: ${alike[i]} for ${p.cosine}`);
+    await tab.locator('section > .heat .heat-box').focus(); // and can be read without a mouse
+    for (const key of ['ArrowRight', 'ArrowRight', 'ArrowDown']) await tab.keyboard.press(key);
+    const [third] = pairs.filter((p) => p.layer_a === 1 && p.layer_b === 2);
+    assert.equal(await tab.locator('section > .heat .readout').innerText(), `layer 1, layer 2: cosine = ${Number(third.cosine.toPrecision(4))}`);
     // Against another run: score by score.
     const other = request.split('.')[0];
     await tab.getByLabel('against').selectOption(other);

@@ -19,8 +19,8 @@ export interface HeatMapProps {
   columnName: (column: number) => string;
   unit?: string; // what a value is
   missing?: (cell: Cell) => string; // why a cell has no value
-  cursor: Cell | null;
-  onCursor: (cell: Cell) => void;
+  cursor?: Cell | null;
+  onCursor?: (cell: Cell) => void; // who does not ask leaves the cursor to the map
   onOpen?: (cell: Cell) => void;
   height?: number;
   square?: boolean;
@@ -33,7 +33,11 @@ const px = (n: number) => `${n}px`;
 const clamp = (v: number, low: number, high: number) => Math.min(Math.max(v, low), high);
 
 export function HeatMap(p: HeatMapProps) {
-  const { grid, scale, cursor } = p;
+  const { grid, scale } = p;
+  const [own, setOwn] = useState<Cell | null>(null);
+  const onCursor = p.onCursor ?? setOwn;
+  const at = p.onCursor ? (p.cursor ?? null) : own;
+  const cursor = at && at.row < grid.height && at.column < grid.width ? at : null;
   const box = useRef<HTMLDivElement>(null);
   const cells = useRef<HTMLCanvasElement>(null);
   const over = useRef<HTMLCanvasElement>(null);
@@ -98,7 +102,7 @@ export function HeatMap(p: HeatMapProps) {
     const from = cursor ?? { row: 0, column: Math.floor(span.x0) };
     const to = { row: clamp(from.row + dr, 0, grid.height - 1), column: clamp(from.column + dc, 0, grid.width - 1) };
     if (to.column < span.x0 || to.column + 1 > span.x1) move(to.column - (span.x1 - span.x0) / 2, span.x1 - span.x0);
-    p.onCursor(to);
+    onCursor(to);
   };
   const onKey = (event: KeyboardEvent) => {
     const far = event.shiftKey ? 10 : 1;
@@ -140,7 +144,7 @@ export function HeatMap(p: HeatMapProps) {
           drag.current = null;
           const cell = cellAt(event);
           if (moved || !cell) return;
-          p.onCursor(cell);
+          onCursor(cell);
           p.onOpen?.(cell);
         }}>
         <canvas ref={cells} class="heat-cells" style={{ left: px(GUTTER), width: px(inner), height: px(height) }} data-rows={grid.height} data-columns={grid.width} data-x0={span.x0} data-x1={span.x1} />

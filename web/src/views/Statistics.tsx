@@ -155,7 +155,7 @@ function Router({ loads }: { loads: Load[] }) {
   return (
     <>
       <h3>Load of the experts</h3>
-      <HeatMap name="Load of experts: a row per layer, a column per expert; 1 is balanced" grid={grid} scale={{ ...fit(grid.values), low: 0 }} unit="load" rowLabel={(row) => String(layers[row])} rowName={(row) => `layer ${layers[row]}`} columnName={(e) => `expert ${e}`} cursor={null} onCursor={() => undefined} />
+      <HeatMap name="Load of experts: a row per layer, a column per expert; 1 is balanced" grid={grid} scale={{ ...fit(grid.values), low: 0 }} unit="load" rowLabel={(row) => String(layers[row])} rowName={(row) => `layer ${layers[row]}`} columnName={(e) => `expert ${e}`} />
     </>
   );
 }

@@ -88,7 +88,7 @@ export function Structure({ address }: { address: Address }) {
         <>
           <div class="controls"><label>measure <select value={measure} onChange={(event) => go({ view: 'structure', args: { ...args, measure: event.currentTarget.value } })}>{Object.entries(measures).map(([name, title]) => <option key={name} value={name}>{title}</option>)}</select></label></div>
           <HeatMap name={`${measure} between the residual streams of every two layers`} grid={alike.grid} scale={{ ...share, low: Math.min(0, alike.least) }} unit={measure} rowLabel={(row) => String(alike.layers[row])} rowName={(row) => `layer ${alike.layers[row]}`} columnLabel={(column) => String(alike.layers[column])} columnName={(column) => `layer ${alike.layers[column]}`}
-            missing={() => 'not a number for this pair'} square cursor={null} onCursor={() => undefined} />
+            missing={() => 'not a number for this pair'} square />
         </>
       )}
       {other && (
@@ -164,7 +164,7 @@ function HeadChanges({ changed, kind }: { changed: ReturnType<typeof changes>; k
   return (
     <div class="split even" data-changes={turned}>
       <HeatMap name={`${kind} score, this run's less the other's: a row per layer, a column per head`} grid={changed.grid} scale={around(changed.all.map((c) => c.by))} unit={`${kind}, change`}
-        rowLabel={(row) => String(changed.layers[row])} rowName={(row) => `layer ${changed.layers[row]}`} columnName={(head) => `head ${head}`} missing={() => 'no score in one of the two'} cursor={null} onCursor={() => undefined} />
+        rowLabel={(row) => String(changed.layers[row])} rowName={(row) => `layer ${changed.layers[row]}`} columnName={(head) => `head ${head}`} missing={() => 'no score in one of the two'} />
       <table class="list">
         <caption>{turned === 0 ? 'Every head is of the same kind in both; the greatest changes of its score:' : `${turned} ${turned === 1 ? 'head is' : 'heads are'} of another kind`}</caption>
         <thead><tr><th scope="col">layer</th><th scope="col">head</th><th scope="col">in the other run</th><th scope="col">in this</th><th scope="col">change of the score</th></tr></thead>
@@ -179,7 +179,7 @@ function PairChanges({ turned, measure }: { turned: ReturnType<typeof pairChange
   return (
     <div class="alike-changes">
       <HeatMap name={`${measure} between every two layers, this run's less the other's`} grid={turned.grid} scale={around(turned.all)} unit={`${measure}, change`} rowLabel={(row) => String(turned.layers[row])} rowName={(row) => `layer ${turned.layers[row]}`}
-        columnLabel={(column) => String(turned.layers[column])} columnName={(column) => `layer ${turned.layers[column]}`} missing={() => 'not a number for this pair in one of the two'} square cursor={null} onCursor={() => undefined} />
+        columnLabel={(column) => String(turned.layers[column])} columnName={(column) => `layer ${turned.layers[column]}`} missing={() => 'not a number for this pair in one of the two'} square />
     </div>
   );
 }

@@ -14,7 +14,7 @@ export function useRun(address: Address) {
   return { run, runs, sites };
 }
 
-export const runTitle = (r: RunInfo): string => [r.id, ...Object.values(r.labels), ...r.tags.map((tag) => `#${tag}`), `${r.requests} ${r.requests === 1 ? 'request' : 'requests'}`].join(' · ');
+export const runTitle = (r: RunInfo): string => [r.id, ...Object.entries(r.labels).map(([name, value]) => `${name}: ${value}`), ...r.tags.map((tag) => `#${tag}`), `${r.requests} ${r.requests === 1 ? 'request' : 'requests'}`].join(' · ');
 
 /** `none` offers to choose no run, in these words. */
 export function RunPicker({ address, run, runs, name = 'run', none = '' }: { address: Address; run: string; runs: RunInfo[]; name?: string; none?: string }) {
