@@ -40,13 +40,24 @@ type announcement struct {
 
 const announcementName = "engine.json"
 
+// readAnnouncement reads who owns the store at dir. A copy of a live store has its announcement too, which is about the original.
 func readAnnouncement(dir string) (announcement, error) {
 	var a announcement
 	text, err := os.ReadFile(filepath.Join(dir, announcementName))
 	if err == nil {
 		err = json.Unmarshal(text, &a)
 	}
-	return a, err
+	if err != nil {
+		return a, err
+	}
+	here, err := os.Stat(dir)
+	if err != nil {
+		return a, err
+	}
+	if there, err := os.Stat(a.Store); err != nil || !os.SameFile(here, there) {
+		return announcement{}, fmt.Errorf("%s is about the store %s", filepath.Join(dir, announcementName), a.Store)
+	}
+	return a, nil
 }
 
 // reader asks questions over HTTP: of the live engine of a store, of one elsewhere, or of a handler in this process.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import subprocess
 from datetime import datetime
 from pathlib import Path
 
@@ -9,6 +12,7 @@ import pytest
 import torch
 
 import dmi
+from dmi import engine
 from sessions import alive, llama, prompts, stop
 
 
@@ -136,3 +140,22 @@ def test_what_is_not_a_store(tmp_path: Path) -> None:
         pass
     with pytest.raises(dmi.NotCapturedError, match="no requests"):
         dmi.open(tmp_path / "s").cache()
+
+
+def test_the_copy_of_a_live_store_is_a_store_of_its_own(tmp_path: Path) -> None:
+    """Its announcement came with it, and is about the original's engine."""
+    model, original, copy = llama(), tmp_path / "original", tmp_path / "copy"
+    with dmi.attach(model, "tokens", store=original) as session, torch.no_grad():
+        model(prompts())
+        session.flush()
+        shutil.copytree(original, copy, ignore=shutil.ignore_patterns("*.sock"))
+        with dmi.attach(model, "tokens", store=copy) as another:
+            assert another.store == str(copy)
+            model(prompts())
+            another.flush()
+            listed = subprocess.run([engine.binary(), "--json", "runs", "--store", copy], capture_output=True, check=True, timeout=60)
+            assert len(json.loads(listed.stdout)) == 2
+        listed = subprocess.run([engine.binary(), "--json", "runs", "--store", original], capture_output=True, check=True, timeout=60)
+        assert len(json.loads(listed.stdout)) == 1
+    stop(original)
+    stop(copy)

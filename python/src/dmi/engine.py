@@ -109,10 +109,12 @@ def reachable(path: str) -> bool:
 
 
 def live(store: Path) -> Engine | None:
-    """The engine that owns a store, if it lives. A stale announcement is nobody."""
+    """The engine that owns a store, if it lives. A stale announcement is nobody's, and one that came with a copy of a live store another's."""
     try:
         said = json.loads((store / "engine.json").read_text())
         engine = _engine(said)
+        if not os.path.samefile(store, engine.store):
+            return None
     except (OSError, ValueError, TypeError):
         return None
     return engine if reachable(engine.http_unix) else None

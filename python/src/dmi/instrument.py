@@ -225,6 +225,8 @@ def _unknown(
     text = f"hook pattern {pattern!r} matches nothing in {type(model).__name__}"
     if near:
         text += f"; close: {', '.join(near)}"
+    elif candidates:
+        text += f"; there are {', '.join(candidates[:3])}{f' and {len(candidates) - 3} more' if len(candidates) > 3 else ''}"
     if mapping is None:
         text += (
             "; DMI does not know this model's family: name module paths, place HookPoints, "
