@@ -166,7 +166,7 @@ func (r *Reader) load(off int64) error {
 }
 
 // readsAtOnce is how many chunks of a tile are read at a time, so that a disk has more than one to look for.
-const readsAtOnce = 4
+const readsAtOnce = 8
 
 // gather fills dst with the cells of rows [row, rowTo) at outer indices [outer, outerTo), as stored.
 func (r *Reader) gather(dst []byte, outer, outerTo, row, rowTo int) error {

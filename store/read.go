@@ -303,11 +303,11 @@ func (s *Store) chunksOf(number uint64, g segment.Group) ([]*segment.Chunk, erro
 	if g.Offset < 0 || g.Length < 0 || g.Offset+g.Length > size {
 		return nil, fmt.Errorf("store: segment %d is %d bytes, and request %d's list reaches to %d: %w", number, size, g.Key.Request, g.Offset+g.Length, ErrCorrupt)
 	}
-	b := make([]byte, g.Length)
+	b := make([]byte, min(max(g.Length, listsAtOnce), size-g.Offset))
 	if _, err := f.ReadAt(b, g.Offset); err != nil {
 		return nil, s.readError(number, err)
 	}
-	key, list, err := segment.ParseGroup(b)
+	key, list, err := segment.ParseGroup(b[:g.Length])
 	if err == nil && key != g.Key {
 		err = fmt.Errorf("segment: a list of request %d", key.Request)
 	}
@@ -316,13 +316,25 @@ func (s *Store) chunksOf(number uint64, g segment.Group) ([]*segment.Chunk, erro
 			return nil, fmt.Errorf("store: segment %d, list of request %d at %d: %w: %w", number, g.Key.Request, g.Offset, err, ErrCorrupt)
 		}
 	}
-	chunks := make([]*segment.Chunk, len(list))
-	for i := range list {
-		chunks[i] = &list[i]
+	chunks := s.cache.keep(number, g.Key, list)
+	for b = b[g.Length:]; ; {
+		n := segment.GroupLength(b)
+		if n == 0 || n > int64(len(b)) {
+			break
+		}
+		next, list, err := segment.ParseGroup(b[:n])
+		if err != nil {
+			break // whoever asks for it is told
+		}
+		s.cache.keep(number, next, list)
+		b = b[n:]
 	}
-	s.cache.keep(number, g.Key, chunks)
 	return chunks, nil
 }
+
+// listsAtOnce is how much of a segment's directory is read at a time. A list is a few KB, and those behind it are of the requests that came next: who reads a
+// site of many requests asks for them soon.
+const listsAtOnce = 128 << 10
 
 // byIndex lists a request's chunks by a segment's index blocks, where its directory is damaged: all of them, or nil.
 func byIndex(f vfs.File, g segment.Group) []segment.Chunk {
@@ -426,11 +438,18 @@ func (c *chunkCache) list(number uint64, key tensor.RequestKey) []*segment.Chunk
 	return c.lists[listKey{number, key}]
 }
 
-func (c *chunkCache) keep(number uint64, key tensor.RequestKey, chunks []*segment.Chunk) {
+func (c *chunkCache) keep(number uint64, key tensor.RequestKey, list []segment.Chunk) []*segment.Chunk {
+	chunks := make([]*segment.Chunk, len(list))
+	for i := range list {
+		chunks[i] = &list[i]
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	own := listKey{number, key}
+	c.count -= len(c.lists[own])
 	if c.count += len(chunks); c.count > cacheChunks || c.lists == nil {
 		c.lists, c.count = map[listKey][]*segment.Chunk{}, len(chunks)
 	}
-	c.lists[listKey{number, key}] = chunks
+	c.lists[own] = chunks
+	return chunks
 }

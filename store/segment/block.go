@@ -263,6 +263,14 @@ func ParseGroup(b []byte) (tensor.RequestKey, []Chunk, error) {
 	return key, chunks, err
 }
 
+// GroupLength is how long the directory group is that b begins with, by its own word; 0 where b begins with none.
+func GroupLength(b []byte) int64 {
+	if len(b) < groupHeader || string(b[:4]) != groupMagic {
+		return 0
+	}
+	return groupHeader + int64(binary.LittleEndian.Uint32(b[4:]))
+}
+
 func parseGroup(b []byte) (key tensor.RequestKey, id string, chunks []Chunk, err error) {
 	if len(b) < groupHeader || string(b[:4]) != groupMagic || uint64(binary.LittleEndian.Uint32(b[4:])) != uint64(len(b)-groupHeader) {
 		return key, "", nil, errors.New("segment: no directory group here")

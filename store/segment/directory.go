@@ -29,9 +29,9 @@ func Directory(f vfs.File) ([]Listed, error) {
 		return nil, fmt.Errorf("segment: read the directory at %d: %w", at, err)
 	}
 	var listed []Listed
-	for len(b) >= groupHeader && string(b[:4]) == groupMagic {
-		n := groupHeader + int64(binary.LittleEndian.Uint32(b[4:]))
-		if n > int64(len(b)) {
+	for {
+		n := GroupLength(b)
+		if n == 0 || n > int64(len(b)) {
 			break
 		}
 		key, id, chunks, err := parseGroup(b[:n])
