@@ -177,6 +177,7 @@ def test_smollm(smol: Any, tmp_path: Path) -> None:
         outliers = session.inspect.outliers("blocks.*.hook_resid_pre")
         lens = session.inspect.lens("blocks.*.hook_resid_pre", tokens=slice(-3, None), request=run.requests[0])
         similar = session.inspect.similarity("blocks.*.hook_resid_pre", sample=40)
+        compared = session.inspect.compare(*run.requests, "blocks.*.hook_resid_pre", tolerance=0.5)
         lines = session.inspect.heads(run=run.id)
     with torch.no_grad():
         output = smol(ids, output_hidden_states=True, output_attentions=True)
@@ -192,6 +193,13 @@ def test_smollm(smol: Any, tmp_path: Path) -> None:
     for layer, state in enumerate(output.hidden_states[:-1]):
         rows = array(state).reshape(-1, state.shape[-1])
         assert {line["dim"]: line["kind"] for line in outliers if line["layer"] == layer} == standing_out(rows, 6, 0.06, 0)
+    assert [line["layer"] for line in compared] == list(range(30))
+    for line in compared:
+        x, y = (array(output.hidden_states[line["layer"]][b]) for b in (0, 1))
+        want = difference(x.reshape(-1), y.reshape(-1), 0.5)
+        assert near(line["relative"], want["relative"], 1e-9) and near(line["max_abs"], want["max_abs"], 1e-9)
+        parted = [p for p in range(len(x)) if difference(x[p], y[p], 0.5)["differ"]]
+        assert (line["rows"], line["differ"], line["first"]) == (len(x), len(parted), min(parted, default=None)), line
     found = {line["kind"] for line in lines}
     assert {"previous-token", "induction", "first-token-sink"} <= found, found
 
