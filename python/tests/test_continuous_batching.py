@@ -281,6 +281,9 @@ def test_requests_say_what_is_captured_of_them(tmp_path: Path, caplog: pytest.Lo
         ids = torch.tensor([prompt])
         plain = model.generate(ids, max_new_tokens=5, do_sample=False)
         assert torch.equal(plain, model.generate(ids, max_new_tokens=5, do_sample=False, dmi_positions="generated[0]", dmi_tags="plain"))
+        with pytest.raises(HookError, match="session.requests"):
+            model.generate(ids, max_new_tokens=5, dmi_reference=1)
+        beams = model.generate(ids, max_new_tokens=5, num_beams=2, dmi_positions=["prompt[0]", "generated[0]"], dmi_tags="beams")
         with pytest.raises(TypeError, match="dmi_site=...\\) is no option"):
             dmi.Prompt(prompt, dmi_site="logits")
         session.flush()
@@ -301,6 +304,9 @@ def test_requests_say_what_is_captured_of_them(tmp_path: Path, caplog: pytest.Lo
         assert positions(third, "blocks.0.hook_resid_post") == [] and positions(second, "blocks.0.hook_resid_post") == everything
         (by_generate,) = store.requests(tag="plain")
         assert positions(by_generate["id"], last) == [9]
+        (of_beams,) = store.requests(tag="beams")
+        assert positions(of_beams["id"], last) == [0, 9]
+        assert near(store.cache(request=of_beams["id"]).get(last, partial=True), alone(model, beams[0, :-1].tolist(), [last])[last][[0, 9]])
 
 
 def test_options_outlive_the_session() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dmi._abi import SPAN_CHOSEN
 from dmi.batching import LABEL, LABEL_LENGTH, Batches, told
 from dmi.hook import HookError
-from dmi.options import Options, asking, given_in, options_of
+from dmi.options import REFERENCE, Options, asking, given_in, options_of
 from dmi.requests import IDS_KEPT
 from dmi.rows import Decoding, Forward, Requests, Row
 
@@ -168,6 +168,8 @@ class Generations:
             self._refuse(given, setting)
             beams = int(setting("num_beams") or 1)
             server, options = asking.get(), given_in(kwargs)
+            if REFERENCE in options:
+                raise HookError(f"generate({REFERENCE}=...): what generate returns has no place for a reference; session.requests has the ids of its requests")
             name = server.name if server is not None else ""
             options = {**(server.given if server is not None else {}), **options}
             generation = Generation(beams if beams > 1 else 0, name, told(name or "of generate", options_of(options)))
