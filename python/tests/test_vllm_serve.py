@@ -9,6 +9,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,6 +103,29 @@ def test_requests_say_what_is_captured_of_them(server: Server) -> None:
     alone = Alone(server.model).run(store.cache(request=named.id).tokens.tolist())
     got = store.cache(request=named.id)[RESIDUAL]
     assert torch.allclose(got, alone[RESIDUAL][: len(got)], atol=2e-4 * alone[RESIDUAL].abs().max().item())
+
+
+def test_engines_side_by_side(tmp_path: Path) -> None:
+    """Data parallel: each engine is a session of its own, its requests say which, and the metrics tell of both, whichever API server is asked."""
+    model = model_on_disk(tmp_path / "model")
+    tokenizer_on_disk(model, VOCABULARY)
+    with daemon(tmp_path / "captures") as engine:
+        observe = {"DMI_HOOKS": RESIDUAL, "DMI_ENGINE": str(engine.socket), "DMI_RING_MIB": "32", "DMI_STAGING_MIB": "32"}
+        arguments = ["--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "8", "--kv-cache-memory-bytes", str(64 << 20), "--enforce-eager", "--data-parallel-size", "2"]
+        with serving(tmp_path / "vllm", model, *arguments, environ=observe) as (address, log):
+            two = Server(address, log, model, engine)
+            with ThreadPoolExecutor(6) as threads:
+                answers = list(threads.map(lambda first: two.ask([first, 5, 6], dmi_reference=1), range(12)))
+            store = two.flushed()
+            references = [answer.kv_transfer_params["dmi"] for answer in answers]
+            assert len({reference["session"] for reference in references}) == 2, "all went to one engine"
+            for answer, told in zip(answers, references, strict=True):
+                assert [info["id"] for info in store.requests(session=told["session"], labels={"vllm_request": told["vllm_request"]})] == [answer.id]
+                assert positions(store, answer.id, RESIDUAL) == list(range(8))
+            for _ in range(4):
+                with urllib.request.urlopen(address + "/metrics", timeout=60) as answer:
+                    text = answer.read().decode()
+                assert all(f'dmi_vllm_observed{{reason="",worker="{worker}"}} 1.0' in text for worker in (0, 1))
 
 
 def test_the_policy_is_the_upper_bound(server: Server) -> None:

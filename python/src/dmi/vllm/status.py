@@ -6,6 +6,7 @@ starts inherit it. `/metrics` of `vllm serve` has what the files say, looked up 
 from __future__ import annotations
 
 import atexit
+import functools
 import json
 import logging
 import os
@@ -31,9 +32,23 @@ def prepare() -> None:
         atexit.register(lambda: shutil.rmtree(folder, ignore_errors=True) if os.getpid() == owner else None)
     if not _registered:
         _registered = True
-        from prometheus_client import REGISTRY
+        from prometheus_client import REGISTRY, multiprocess
 
         REGISTRY.register(_Collector())  # type: ignore[arg-type]
+        _with_others(multiprocess.MultiProcessCollector)
+
+
+def _with_others(kind: Any) -> None:
+    """Several API servers add their metrics up, in a registry made for each answer; ours are the same from all of them."""
+    plain = kind.__init__
+
+    @functools.wraps(plain)
+    def __init__(self: Any, registry: Any, *args: Any, **kwargs: Any) -> None:
+        plain(self, registry, *args, **kwargs)
+        if registry is not None:
+            registry.register(_Collector())
+
+    kind.__init__ = __init__
 
 
 def number_of(parallel: Any, rank: int = 0) -> int:
