@@ -284,3 +284,35 @@ func TestLostProbes(t *testing.T) {
 		t.Errorf("%v, %s", err, told)
 	}
 }
+
+// What triggers keep of a step is kept whatever overload has pushed the rules to: a request that is looked for is not what there is too much of.
+func TestLoweredRulesDoNotLowerWhatTriggersKeep(t *testing.T) {
+	w := newWorld(t, nil)
+	document := w.set(t, "rules: [{hooks: resid_post, level: full}]\ntriggers: [{hooks: resid_post, when: {nonfinite: true}, keep: [logits]}]").Number
+	gates := func() (list []tensor.Gate) {
+		list, watches := w.Gates().Of(w.sample.Session.Number, "best-effort", w.sample.Sites)
+		if len(watches) != 1 || !watches[0].NonFinite {
+			t.Fatal(watches)
+		}
+		return list
+	}
+	before := gates()
+	if err := w.Lower(document, map[int]policy.Level{0: {Level: tensor.Off}, -1: {Level: tensor.Off}}, "a test presses"); err != nil {
+		t.Fatal(err)
+	}
+	kept := 0
+	for i, now := range gates() {
+		if now.Level != tensor.Off {
+			t.Errorf("site %d is at %v", i, now.Level)
+		}
+		if now.Watch != before[i].Watch || now.Keep != before[i].Keep || now.Offer != before[i].Offer {
+			t.Errorf("site %d: %+v, before %+v", i, now, before[i])
+		}
+		if now.Keep != 0 {
+			kept++
+		}
+	}
+	if kept == 0 {
+		t.Error("nothing is kept")
+	}
+}
