@@ -122,8 +122,8 @@ func TestGovernorHoldsBudgets(t *testing.T) {
 		level    string // that the rule ends at; "": any below its own
 		restores bool
 	}{
-		"copied_bytes_per_s: 60 kB": {"sampled/8", true},
-		"disk_bytes_per_s: 60 kB":   {"sampled/8", true},
+		"copied_bytes_per_s: 60 kB": {"", true},
+		"disk_bytes_per_s: 60 kB":   {"", true},
 		"disk_bytes_per_s: 3 kB":    {"off", false},
 		"engine_bytes: 4 kB":        {"", true},
 		"disk_free_bytes: 1000 TB":  {"off", false},
@@ -142,9 +142,9 @@ func testBudget(t *testing.T, budget, level string, restores bool) {
 	p.must(p.attach(e.Control, "", false))
 	patient.must(patient.attach(e.Control, "", false))
 	var rows atomic.Uint32 // a step
-	rows.Store(100)
+	rows.Store(1000)
 	stop, stopped := make(chan struct{}), make(chan struct{})
-	go func() { // 100 steps a second: 160 kB a second at first
+	go func() { // up to 100 steps a second: 1.6 MB a second at first, and far more than the budgets on a busy machine too
 		defer close(stopped)
 		for {
 			select {
@@ -181,7 +181,7 @@ func testBudget(t *testing.T, budget, level string, restores bool) {
 	if !restores {
 		return
 	}
-	rows.Store(5) // a twentieth
+	rows.Store(5) // 8 kB a second at most
 	waitFor(t, func() bool { return policyOf(t, dir).Rules[0].InForce == "full" })
 	if why := policyOf(t, dir).Revision.Why; !strings.Contains(why, " to full: ") {
 		t.Error(why)
