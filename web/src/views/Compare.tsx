@@ -34,7 +34,8 @@ export function Compare({ address }: { address: Address }) {
   const site = address.args['site'] || kinds[0] || '';
   const measure = (address.args['measure'] || 'relative') as keyof typeof measures;
   const comparable = sites.value?.every((side) => side.some((s) => kindOf(s.name) === site)); // else there is nothing to ask: one of the two lacks them all
-  const rows = useAsked((signal, tell) => (a && b && site && comparable === false ? Promise.resolve([]) : a && b && site && comparable ? getListOnce<Difference>('/inspect/compare', { a, b, site, per: 'row' }, signal, tell) : Promise.resolve(null)), [a, b, site, comparable]);
+  const asked = useAsked((signal, tell) => (a && b && site && comparable === false ? Promise.resolve({ site, lines: [] }) : a && b && site && comparable ? getListOnce<Difference>('/inspect/compare', { a, b, site, per: 'row' }, signal, tell).then((lines) => ({ site, lines })) : Promise.resolve(null)), [a, b, site, comparable]);
+  const rows = { ...asked, value: asked.value?.site === site ? asked.value.lines : null }; // another site's are not these
   const length = Math.max(ours.value?.positions ?? 0, theirs.value?.positions ?? 0);
   const names = useMemo(() => [...new Set(every.filter((s) => kindOf(s.name) === site).sort((x, y) => (x.layer ?? -1) - (y.layer ?? -1)).map((s) => s.name))], [every, site]);
   const lacking = rows.value !== null && rows.value.length < length * names.length;

@@ -30,18 +30,21 @@ export function Statistics({ address }: { address: Address }) {
   const numeric = useMemo(() => (sites.value ?? []).filter(isNumeric), [sites.value]);
   const kinds = useMemo(() => kindsOf(numeric), [numeric]);
   const kind = address.args['site'] || kinds[0] || '';
-  const stats = useAsked((signal, tell) => (run && kind ? getListOnce<Distribution>('/inspect/stats', { run, site: kind }, signal, tell) : Promise.resolve([])), [run, kind]);
+  const stats = useAsked((signal, tell) => (run && kind ? getListOnce<Distribution>('/inspect/stats', { run, site: kind }, signal, tell).then((rows) => ({ kind, rows })) : Promise.resolve(null)), [run, kind]);
+  const summed = stats.value?.kind === kind ? stats.value.rows : null; // what was there of another site is not of this
   const vectors = numeric.some((s) => kindOf(s.name) === kind && s.axes.length === 2);
-  const outliers = useAsked((signal, tell) => (run && kind && vectors ? getListOnce<Outlier>('/inspect/outliers', { run, site: kind }, signal, tell) : Promise.resolve([])), [run, kind, vectors]);
+  const outliers = useAsked((signal, tell) => (run && kind && vectors ? getListOnce<Outlier>('/inspect/outliers', { run, site: kind }, signal, tell).then((rows) => ({ kind, rows })) : Promise.resolve(null)), [run, kind, vectors]);
+  const standing = outliers.value?.kind === kind ? outliers.value.rows : null;
   const layered = vectors && numeric.filter((s) => kindOf(s.name) === kind && s.layer !== null).length > 1;
-  const first = stats.value !== null && outliers.value !== null; // what is read from top to bottom comes in that order: the cosines cost more than the rest
-  const alike = useAsked((signal, tell) => (run && kind && layered && first ? getListOnce<Pair>('/inspect/similarity', { run, site: kind }, signal, tell) : Promise.resolve(null)), [run, kind, layered, first]);
+  const first = summed !== null && (!vectors || standing !== null); // what is read from top to bottom comes in that order: the cosines cost more than the rest
+  const alike = useAsked((signal, tell) => (run && kind && layered && first ? getListOnce<Pair>('/inspect/similarity', { run, site: kind }, signal, tell).then((rows) => ({ kind, rows })) : Promise.resolve(null)), [run, kind, layered, first]);
+  const turns = alike.value?.kind === kind ? alike.value.rows : null;
   const mixture = (sites.value ?? []).some((s) => s.name.endsWith('hook_expert_indices'));
   const router = useAsked((signal, tell) => (run && mixture ? getListOnce<Load>('/inspect/router', { run }, signal, tell) : Promise.resolve([])), [run, mixture]);
   if (runs.error) return <Problem error={runs.error} while="List the runs" />;
   if (runs.value?.length === 0) return <Empty />;
   if (!runs.value || !sites.value) return <Busy what="Reading the runs" />;
-  const rows = stats.value ?? [];
+  const rows = summed ?? [];
   const picked = rows.find((r) => String(r.layer ?? '') === (address.args['layer'] ?? '')) ?? rows[rows.length - 1];
   const layers = rows.map((r, i) => r.layer ?? i);
   const bad = rows.filter((r) => r.nonfinite > 0);
@@ -68,7 +71,7 @@ export function Statistics({ address }: { address: Address }) {
                 series={(['p01', 'p25', 'p50', 'p75', 'p99'] as const).map((p) => ({ label: p, values: rows.map((r) => r[p]) }))} />
             </div>
           </div>
-          {layered && <Turns run={run} pairs={alike.value} error={alike.error} busy={alike.busy || !first} far={alike.far} />}
+          {layered && <Turns run={run} pairs={turns} error={alike.error} busy far={alike.far} />}
           {picked && (
             <>
               <div class="controls">
@@ -93,11 +96,11 @@ export function Statistics({ address }: { address: Address }) {
           )}
         </>
       )}
-      {vectors && <Outliers list={outliers.value} error={outliers.error} busy={outliers.busy} far={outliers.far} />}
+      {vectors && <Outliers list={standing} error={outliers.error} busy far={outliers.far} />}
       {mixture && router.value && router.value.length > 0 && <Router loads={router.value} />}
       <Take python={`import dmi\nstore = dmi.open(${quote(path)})\nrows = store.inspect.stats(${quote(kind)}, run=${quote(run)})${vectors ? `\noutliers = store.inspect.outliers(${quote(kind)}, run=${quote(run)})` : ''}${layered ? `\nalike = store.inspect.similarity(${quote(kind)}, run=${quote(run)})` : ''}${mixture ? `\nrouter = store.inspect.router(run=${quote(run)})` : ''}`}
         cli={`dmi inspect stats --store ${shell(path)} --run ${shell(run)} --site ${shell(kind)}${vectors ? `   # and: dmi inspect outliers --store ${shell(path)} --run ${shell(run)} --site ${shell(kind)}` : ''}${layered ? `   # and: dmi inspect similarity --store ${shell(path)} --run ${shell(run)} --site ${shell(kind)}` : ''}${mixture ? `   # and: dmi inspect router --store ${shell(path)} --run ${shell(run)}` : ''}`}
-        file={{ name: `${run}.${kind.replaceAll('*', 'N')}.json`, text: () => JSON.stringify({ run, site: kind, rows: stats.value, ...(vectors ? { outliers: outliers.value } : {}), ...(layered ? { alike: alike.value } : {}), ...(mixture ? { router: router.value } : {}) }) }} />
+        file={{ name: `${run}.${kind.replaceAll('*', 'N')}.json`, text: () => JSON.stringify({ run, site: kind, rows: summed, ...(vectors ? { outliers: standing } : {}), ...(layered ? { alike: turns } : {}), ...(mixture ? { router: router.value } : {}) }) }} />
     </section>
   );
 }
