@@ -8,11 +8,11 @@ softmax. The model's own configuration, its masks and every unobserved module st
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
 import sys
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -46,12 +46,13 @@ class AttentionHook:
             )
         cache = kwargs.get("dmi_cache")
         if cache is None:
-            cache = _Given(kwargs.get("past_key_values", kwargs.get("layer_past")))
+            cache = Given(kwargs.get("past_key_values", kwargs.get("layer_past")))
         if "rot_k" in self.places and not torch.compiler.is_compiling():
             cache.watch()
+            self.group.collector.watching = weakref.ref(cache)  # weak, because a cache's end ends its requests
         return args, {**kwargs, "dmi_hooks": (*kwargs.get("dmi_hooks", ()), self), "dmi_cache": cache}
 
-    def take(self, module: nn.Module, query: Tensor, key: Tensor, cache: _Given, scores: Any, weights: Any) -> None:
+    def take(self, module: nn.Module, query: Tensor, key: Tensor, cache: Given, scores: Any, weights: Any) -> None:
         places, group = self.places, self.group
         if "rot_q" in places:
             group.put(places["rot_q"], query.transpose(1, 2), module.training)
@@ -64,38 +65,47 @@ class AttentionHook:
             group.put(places["pattern"], weights, module.training)
 
 
-class _Given:
+class Given:
     """The key-value cache that a module was called with, and the keys that the module gave it.
 
     Attention is given the whole cache, out of which a kernel a layer would have to gather this step's keys: it costs more than their capture
-    does. So, but in compiled code, the cache's `update` is watched for the one call that the module makes."""
+    does. So, but in compiled code, the cache's `update` is watched for the one call that the module makes; where that is never made, because something raised, until
+    the step closes."""
 
     def __init__(self, cache: Any) -> None:
-        self.cache = cache
+        self.cache = getattr(cache, "self_attention_cache", cache)
         self.keys: Tensor | None = None
 
     def watch(self) -> None:
-        update = getattr(self.cache, "update", None)
-        if update is None or isinstance(update, _Update):
+        own = getattr(self.cache, "__dict__", None)  # an object that has none: then the keys are gathered
+        if own is None or not hasattr(self.cache, "update"):
             return
-        with contextlib.suppress(AttributeError):  # an object that takes none: then the keys are gathered
-            self.cache.update = _Update(self, update)
+        self.leave()  # another session's, or what was left where no step was open
+        own["update"] = _Update(self, self.cache.update, "update" in own)
 
     def leave(self) -> None:
         """The cache as it was."""
-        if isinstance(getattr(self.cache, "__dict__", {}).get("update"), _Update):
-            del self.cache.update
+        own = getattr(self.cache, "__dict__", {})
+        update = own.get("update")
+        if isinstance(update, _Update):
+            if update.own:
+                own["update"] = update.watched
+            else:
+                del own["update"]
 
 
 class _Update:
-    def __init__(self, given: _Given, update: Callable[..., Any]) -> None:
-        self._given = given
-        self._update = update
+    """In place of a cache's `update`. `own`: it is the object's and not its class's."""
+
+    def __init__(self, given: Given, watched: Callable[..., Any], own: bool) -> None:
+        self.given = given
+        self.watched = watched
+        self.own = own
 
     def __call__(self, key_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        self._given.leave()
-        self._given.keys = key_states
-        return self._update(key_states, *args, **kwargs)
+        self.given.leave()
+        self.given.keys = key_states
+        return self.watched(key_states, *args, **kwargs)
 
 
 class _Seen:
@@ -109,7 +119,6 @@ def new_keys(module: nn.Module, key: Tensor, tokens: int, cache: Any) -> Tensor:
 
     Dynamic caches, and sliding windows that overflow, have them last; static ones at the slots where they were written.
     """
-    cache = getattr(cache, "self_attention_cache", cache)
     layers = getattr(cache, "layers", None)
     if layers is not None:
         layer = layers[module.layer_idx]

@@ -69,6 +69,8 @@ class Collector:
         self.whole = False
         """Whether the forward is traced as a whole, so that a group may go on into the next block. Where blocks are compiled one by
         one, each has to begin with nothing waiting, or no two would be compiled alike."""
+        self.watching: Callable[[], Any] | None = None
+        """A weak reference to the cache that attention watches last (attention.Given)."""
 
     def put(self, group: Group, place: int, tensor: Tensor, training: bool, traced: bool | None = None) -> None:
         self.tensors.append(tensor.detach() if tensor.requires_grad else tensor)
@@ -98,6 +100,10 @@ class Collector:
     def clear(self) -> None:
         """Begin anew: forget what the forward before, or one that was aborted, left behind."""
         self._let_go()
+        given = None if self.watching is None else self.watching()
+        if given is not None:
+            given.leave()
+        self.watching = None
 
     def _let_go(self) -> None:
         self.tensors.clear()

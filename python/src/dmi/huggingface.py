@@ -135,6 +135,7 @@ class Steps:
         if held and held[-1] == "forward":  # a KeyboardInterrupt went past the closing hook
             held.pop()
             self._owner = None
+            self._collector.clear()
             self._ring.close_step(self._step, aborted=True)
             self._lock.release()
         if self._owner == "hand":
@@ -169,6 +170,8 @@ class Steps:
                 try:
                     if error is None:
                         self._collector.flush()  # of a forward that did not come by the last of its hooks
+                    else:
+                        self._collector.clear()
                     self._ring.close_step(self._step, aborted=error is not None)
                 finally:
                     self._finish(output, error)
@@ -304,6 +307,8 @@ class Steps:
             self._collector.flush()
             aborted = False
         finally:
+            if aborted:
+                self._collector.clear()
             self._owner = None
             self._ring.close_step(step, aborted=aborted)
 
