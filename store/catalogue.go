@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net/url"
 	"os"
+	"sync"
 	"time"
 
 	_ "modernc.org/sqlite" // the driver
@@ -53,6 +54,8 @@ type catalogue struct {
 	write   *sql.DB // one connection
 	read    *sql.DB
 	version int // of the file; one that is only read may be older
+
+	statements sync.Map // *sql.Stmt of read, by its text: SQLite takes longer to parse most than to answer them
 }
 
 // checkpoint is how far the catalogue has come: the manifest before `applied` is in it; from `low` on there may be rows that were

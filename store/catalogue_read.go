@@ -27,9 +27,28 @@ func byName(name func(uint8) (string, bool)) map[string]uint8 {
 	return m
 }
 
-// each runs a query and calls row for each of its rows.
+func (c *catalogue) statement(query string) (*sql.Stmt, error) {
+	if known, is := c.statements.Load(query); is {
+		return known.(*sql.Stmt), nil
+	}
+	made, err := c.read.Prepare(query)
+	if err != nil {
+		return nil, err
+	}
+	kept, other := c.statements.LoadOrStore(query, made)
+	if other { // another goroutine was first
+		err = made.Close()
+	}
+	return kept.(*sql.Stmt), err
+}
+
+// each runs a query and calls row for each of its rows. Its text is one of a few: the statement is kept.
 func (c *catalogue) each(row func(scan func(...any) error) error, query string, args ...any) error {
-	rows, err := c.read.Query(query, args...)
+	statement, err := c.statement(query)
+	if err != nil {
+		return err
+	}
+	rows, err := statement.Query(args...)
 	if err != nil {
 		return err
 	}
