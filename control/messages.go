@@ -3,7 +3,9 @@ package control
 import (
 	"encoding/hex"
 	"encoding/json"
+	"fmt"
 	"regexp"
+	"strings"
 	"time"
 
 	"dmi/ring"
@@ -27,6 +29,7 @@ type helloMessage struct {
 	Model    json.RawMessage     `json:"model"`
 	Aliases  map[string][]string `json:"aliases"`
 	Hooks    []string            `json:"hooks"`
+	Skipped  []string            `json:"skipped"`
 	Run      runBody             `json:"run"`
 }
 
@@ -130,6 +133,9 @@ const (
 	maxLabels    = 64   // of a run or request, and as many tags
 	maxLabel     = 4096 // bytes of one
 	maxHooks     = 4096
+	maxSkipped   = 1 << 16
+	toldSkipped  = 4 // of those, in the event; a line of each, of at most maxLine bytes
+	maxLine      = 512
 	maxRequestID = 256 // bytes
 )
 
@@ -155,11 +161,31 @@ func (h *helloMessage) check() error {
 		return refuse("protocol", "hello.text is %.64q: none, ids or text", h.Text)
 	case len(h.Hooks) > maxHooks:
 		return refuse("limit", "hello.hooks has %d patterns: at most %d", len(h.Hooks), maxHooks)
+	case len(h.Skipped) > maxSkipped:
+		return refuse("limit", "hello.skipped has %d sites: at most %d", len(h.Skipped), maxSkipped)
 	}
 	if b, err := hex.DecodeString(h.Producer); err != nil || len(b) != 16 {
 		return refuse("protocol", "hello.producer is %.64q: 32 hex digits are needed", h.Producer)
 	}
 	return h.Run.check("hello.run")
+}
+
+// lacking says what the hooks match and the model cannot give; "" where it gives all of it.
+func (h *helloMessage) lacking() string {
+	if len(h.Skipped) == 0 {
+		return ""
+	}
+	var b strings.Builder
+	fmt.Fprintf(&b, "session %s: its hooks match %d sites that the model cannot give", h.Session, len(h.Skipped))
+	before := ":"
+	for _, line := range h.Skipped[:min(toldSkipped, len(h.Skipped))] {
+		fmt.Fprintf(&b, "%s %.*s", before, maxLine, line)
+		before = ";"
+	}
+	if more := len(h.Skipped) - toldSkipped; more > 0 {
+		fmt.Fprintf(&b, "; and %d more: session.skipped", more)
+	}
+	return b.String()
 }
 
 func (r *runBody) check(where string) error {

@@ -233,10 +233,19 @@ func (r *rig) waitNoSessions() {
 }
 
 func TestASessionFromHelloToBye(t *testing.T) {
-	r := newRig(t, nil)
+	var lacking []string
+	r := newRig(t, func(o *control.Options) {
+		o.Event = func(level, code, session, message string) {
+			if code == "lacking" {
+				lacking = append(lacking, level+" "+session+" "+message)
+			}
+		}
+	})
 	random := rand.New(rand.NewPCG(1, 2))
 	p := r.producer(small)
-	c := r.attach(p, "s0000000a", nil)
+	c := r.attach(p, "s0000000a", func(h map[string]any) {
+		h["skipped"] = []string{"a: no such part", "b: the same", "c: the same", "d: the same", "e: the same", "f: the same"}
+	})
 	c.Send(map[string]any{"type": "requests", "requests": []any{map[string]any{"request": 7, "id": "a.0", "run": "r0000000a", "begun_unix_ns": 5, "tokens": []int{1, 2, 3}, "text": "not asked for"}}})
 	lane := p.Lanes[1]
 	var want [2][]byte
@@ -276,6 +285,10 @@ func TestASessionFromHelloToBye(t *testing.T) {
 	request, found, err := r.store.RequestByID("a.0")
 	if err != nil || !found || len(request.Tokens) != 3 || request.Text != "" || request.Reason != "finished" {
 		t.Errorf("request: %+v, %v, %v", request, found, err)
+	}
+	told := "info s0000000a session s0000000a: its hooks match 6 sites that the model cannot give: a: no such part; b: the same; c: the same; d: the same; and 2 more: session.skipped"
+	if len(lacking) != 1 || lacking[0] != told {
+		t.Errorf("told of sites that are lacking: %q", lacking)
 	}
 	sites, _ := r.store.Sites(1)
 	if len(sites) != 2 || sites[1].Name != "logits" || len(sites[1].Aliases) != 1 {

@@ -234,6 +234,9 @@ func (x *session) run(ctx context.Context) {
 	o := &x.server.options
 	o.Log.Info("a producer attached", "session", x.id, "number", x.number, "mode", x.hello.Mode, "resume", x.hello.Resume, "sites", len(x.sites))
 	x.event("info", "attach", fmt.Sprintf("session %s attached", x.id))
+	if lacking := x.hello.lacking(); lacking != "" && !x.hello.Resume {
+		x.event("info", "lacking", lacking)
+	}
 	x.out.answer(welcomeMessage{Type: "welcome", Engine: o.Engine, Version: o.Version, Protocol: ProtocolVersion, Store: o.StorePath,
 		HTTP: httpDoor{o.HTTPURL, o.HTTPUnix}, Number: x.number})
 	stop := context.AfterFunc(ctx, func() { x.conn.SetReadDeadline(time.Unix(1, 0)) })

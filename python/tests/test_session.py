@@ -13,6 +13,7 @@ import torch
 
 import dmi
 from dmi import requests as ledger
+from observed import fresh_seed, model_of
 from sessions import alive, balanced, engine_pid, footprint, llama, plainly, prompts, rows_of, until
 
 RESIDUAL = "blocks.*.hook_resid_post"
@@ -84,6 +85,20 @@ def test_failed_attach_leaves_nothing(tmp_path: Path) -> None:
         dmi.attach(model, [RESIDUAL], store=tmp_path / "s", budget_gib=1e-6)
     assert not (tmp_path / "s").exists(), "an engine was started for nothing"
     assert footprint(model) == before
+
+
+def test_what_a_pattern_matches_and_the_model_lacks_is_told(tmp_path: Path) -> None:
+    """In session.skipped, as a warning, and as an event to whoever watches the engine."""
+    fresh_seed()
+    model = model_of("gpt_neox", "sdpa")
+    lacking = {f"blocks.{n}.{name}" for n in range(2) for name in ("hook_resid_mid", "attn.hook_attn_scores", "attn.hook_pattern")}
+    with pytest.warns(dmi.CaptureWarning, match="cannot give"), dmi.attach(model, ["blocks.*.hook_resid_*", "blocks.*.attn.*"], store=tmp_path / "s") as session:
+        assert not set(session.sites) & lacking
+        assert {line.split(":")[0] for line in session.skipped} == lacking
+        with dmi.open(tmp_path / "s") as store:
+            event = next(event for event in store.events() if event["code"] == "lacking")
+        assert event["session"] == session.id
+        assert "match 6 sites" in event["message"] and session.skipped[0] in event["message"]
 
 
 def test_sessions_share_an_engine(tmp_path: Path) -> None:

@@ -309,6 +309,7 @@ class Session:
                 "producer": self._ring.producer.hex(), "resume": False, "mode": self.mode, "text": self._text,
                 "process": {"pid": os.getpid(), "host": socket.gethostname(), "argv0": sys.argv[0] if sys.argv else ""},
                 "versions": _versions(), "model": _facts(model, plan), "aliases": plan.aliases, "hooks": list(hooks), "run": run,
+                "skipped": [str(refusal) for refusal in sorted(plan.skipped, key=lambda refusal: refusal.foreign)],
             }  # fmt: skip
             self._connect(hello, token, find, starts)
             self._instrumentation = install(model, plan, self._ring, numbers, self.requests)
