@@ -83,6 +83,11 @@ def test_logits_of_what_the_model_computed(recorded: dict[str, Any]) -> None:
     assert cache.positions_of("logits").tolist() == list(range(6, 12))
     outcomes = cache.coverage("logits")["outcomes"]
     assert outcomes == {"captured": {"full": 12}, "not_computed": {"engine": 12}}
+    # Of a range too, those that there are, and which they are is told; where there are none, nothing looks like an answer.
+    assert torch.equal(cache.get("logits", tokens=slice(4, 8)), logits[:, :2])
+    assert cache.positions_of("logits", tokens=slice(4, 8)).tolist() == [6, 7]
+    with pytest.raises(dmi.IncompleteError, match="computed none of the rows"):
+        cache.get("logits", tokens=slice(0, 6))
 
 
 def test_pages(recorded: dict[str, Any]) -> None:

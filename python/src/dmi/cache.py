@@ -120,8 +120,9 @@ class Cache:
         """Part of a site. `heads`: in the order wanted. `tokens`: positions, a slice without a step (negative from the end) or one
         position; the axis stays. `steps`: the request's forwards, counted from 0. `level="any"`: quantised rows too, as float32 where there are any; `levels_of` tells which.
 
-        Raises NotCapturedError for a name that is not there, IncompleteError (with coverage) where rows that were asked for are
-        missing, unless `partial`: then the rows that are there, whose positions `positions_of` tells. Batches of different lengths raise RaggedError.
+        Rows that the model never computed are no rows of a site: after `generate`, logits are of the last token of a prompt and those that follow, and
+        `positions_of` tells which; a range that holds none of them raises. Raises NotCapturedError for a name that is not there, IncompleteError (with
+        coverage) where rows that were asked for are missing, unless `partial`: then the rows that are there, whose positions `positions_of` tells. Batches of different lengths raise RaggedError.
         """
         name, layer = _key((name, layer) if isinstance(name, str) and layer is not None else name)
         arguments = {"site": name, "layer": layer, "heads": _heads(heads), "tokens": _range("tokens", tokens),
