@@ -180,7 +180,7 @@ def test_golden() -> None:
     make(
         writer,
         ["gcc", "-std=c17", "-Wall", "-Wextra", "-Werror", f"-I{ROOT}", str(golden / "write.c"), "-o", str(writer)],
-        [golden / "write.c", ROOT / "abi" / "ring.h"],
+        [golden / "write.c", golden / "offsets.h", ROOT / "abi" / "ring.h"],
     )
     with tempfile.TemporaryDirectory() as directory:
         run([str(writer), directory])

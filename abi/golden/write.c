@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "abi/golden/offsets.h"
 #include "abi/ring.h"
 
 static const char* directory;
