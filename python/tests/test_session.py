@@ -47,6 +47,32 @@ def test_generate_and_read(tmp_path: Path) -> None:
     assert rows_of(books, "captured") == books["rows"] == 2 * 11 * 4
 
 
+def test_as_users_type_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From attaching to the last answer, in a folder of one's own, of prompts that a tokenizer padded."""
+    monkeypatch.chdir(tmp_path)
+    model = llama(num_hidden_layers=6)
+    inputs = {"input_ids": prompts(2, 7), "attention_mask": torch.ones(2, 7, dtype=torch.long)}
+    with plainly(model.model.layers[5]) as seen, dmi.attach(model, hooks=["blocks.*.hook_resid_post", "**.hook_pattern", "logits"], store="captures/", mode="complete") as session:
+        with session.record(labels={"topic": "capitals"}, tags=["demo"]) as run:
+            output = model.generate(**inputs, max_new_tokens=4)
+        session.flush()
+        want = torch.cat(seen, dim=1)
+        for cache in (session.cache(), run.cache, dmi.open("captures/").cache(run=run.id)):
+            resid = cache["blocks.5.hook_resid_post"]
+            assert resid.device.type == "cpu" and resid.dtype == torch.float32
+            assert torch.equal(resid, want) and torch.equal(cache["resid_post", 5], want)
+            pattern = cache.get("blocks.5.attn.hook_pattern", heads=[0, 3], tokens=slice(4, 9), steps=None, device=None, dtype=None)
+            assert torch.equal(pattern, cache["blocks.5.attn.hook_pattern"][:, [0, 3], 4:9, :9])
+            assert torch.equal(torch.cat(list(cache.iter("blocks.5.hook_resid_post", rows=65536))), want.flatten(0, 1))
+            assert cache.coverage("blocks.5.hook_resid_post")["outcomes"] == {"captured": {"full": 2 * 10}}
+            assert torch.equal(cache["logits"].argmax(-1), output[:, 7:])
+        request = session.requests[1]
+        assert torch.equal(dmi.open("captures/").cache(request=request)["resid_post", 5], want[1])
+    out, cache = dmi.run_with_cache(model, **inputs, names_filter="blocks.*.attn.hook_pattern")
+    assert cache.keys() == [f"blocks.{n}.attn.hook_pattern" for n in range(6)]
+    assert out.logits.shape == (2, 7, 128) and cache["blocks.5.attn.hook_pattern"].shape == (2, 4, 7, 7)
+
+
 def test_forwards_of_one_conversation(tmp_path: Path) -> None:
     model = llama()
     with plainly(model.model.layers[0]) as seen, dmi.attach(model, "blocks.0.hook_resid_post", store=tmp_path / "s") as session, torch.no_grad():
