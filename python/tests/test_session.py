@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import dmi
+from dmi import engine as engines
 from dmi import requests as ledger
 from observed import fresh_seed, model_of
 from sessions import alive, balanced, engine_pid, footprint, llama, plainly, prompts, rows_of, until
@@ -121,8 +123,9 @@ def test_what_a_pattern_matches_and_the_model_lacks_is_told(tmp_path: Path) -> N
     with pytest.warns(dmi.CaptureWarning, match="cannot give"), dmi.attach(model, ["blocks.*.hook_resid_*", "blocks.*.attn.*"], store=tmp_path / "s") as session:
         assert not set(session.sites) & lacking
         assert {line.split(":")[0] for line in session.skipped} == lacking
-        with dmi.open(tmp_path / "s") as store:
-            event = next(event for event in store.events() if event["code"] == "lacking")
+        watch = [engines.binary(), "tail", "--events", "--count", "2", "--json", "--store", tmp_path / "s"]
+        told = subprocess.run(watch, capture_output=True, check=True, text=True, timeout=60).stdout.splitlines()
+        event = next(event for event in map(json.loads, told) if event["code"] == "lacking")
         assert event["session"] == session.id
         assert "match 6 sites" in event["message"] and session.skipped[0] in event["message"]
 
