@@ -37,14 +37,14 @@ func (c *catalogue) statement(query string) (*sql.Stmt, error) {
 	}
 	kept, other := c.statements.LoadOrStore(query, made)
 	if other { // another goroutine was first
-		err = made.Close()
+		err = made.Close() //nolint:sqlclosecheck // only where it is not the one that is kept
 	}
 	return kept.(*sql.Stmt), err
 }
 
 // each runs a query and calls row for each of its rows. Its text is one of a few: the statement is kept.
 func (c *catalogue) each(row func(scan func(...any) error) error, query string, args ...any) error {
-	statement, err := c.statement(query)
+	statement, err := c.statement(query) //nolint:sqlclosecheck // it is kept until the catalogue closes
 	if err != nil {
 		return err
 	}
