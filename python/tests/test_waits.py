@@ -27,7 +27,7 @@ class Outside:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seconds: list[float] = []
         self.slept: list[bool] = []
-        monkeypatch.setattr(torch.ops.dmi, "capture", self.watched(torch.ops.dmi.capture))
+        monkeypatch.setattr(torch.ops.dmi.capture, "default", self.watched(torch.ops.dmi.capture.default))
         monkeypatch.setattr(native.Ring, "open_step", self.watched(native.Ring.open_step))
         monkeypatch.setattr(native.Ring, "close_step", self.watched(native.Ring.close_step))
 
