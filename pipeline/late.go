@@ -54,15 +54,17 @@ func (l *late) by(site uint32) uint64 {
 	return l.keeps[site].By
 }
 
-// look has triggers look at chunks of a step. A trigger of another document than the step's keeps none of its rows.
+// look has triggers look at chunks of a step, all of one level. A trigger of another document than the step's keeps none of its rows; neither does one that quantised rows
+// meet: their producer held the rows that they were made of against it, and said what that came to.
 func (p *Pipeline) look(b *book, chunks []tensor.Chunk) {
 	if p.options.Triggers == nil || len(chunks) == 0 {
 		return
 	}
 	p.publishing.Lock()
 	defer p.publishing.Unlock()
+	quantised := chunks[0].Level.Quantised()
 	p.options.Triggers.Look(p.options.Session, chunks, b.document, func(request uint64, trigger int, document uint64) {
-		if b.keeps == nil || document != b.document {
+		if b.keeps == nil || document != b.document || quantised {
 			return
 		}
 		if b.met == nil {

@@ -314,14 +314,14 @@ func (p *Pipeline) keep(s *slicer, b *book, i *drain.Item, from, to uint32, leve
 			failed = append(failed, settled{from, to, fate{tensor.Lost, tensor.Corrupt, tensor.Full}})
 			return false
 		}
+		if look { // as they came, before they are reduced
+			p.look(b, chunks)
+		}
 		if level != tensor.Level(r.Level) || level == tensor.Stats && int(top) < topOf(r) {
 			site := &i.Step.Sites[r.Site]
 			for n := range chunks {
 				chunks[n].Reduce(level, int(top), site.Keyed(), tensor.Fill(site.Fill))
 			}
-		}
-		if look {
-			p.look(b, chunks)
 		}
 		if err := p.deliver(chunks, s.last); err != nil {
 			p.event("error", "store", fmt.Sprintf("step %d, site %q: rows cannot be stored: %v; they are lost(io)", r.Step, i.Step.Sites[r.Site].Text(), err))
