@@ -24,7 +24,7 @@ type TopRow struct {
 	Elements []tensor.Element `json:"elements"`
 }
 
-// Top yields the rows of a scope by request, site and position. Rows of which only statistics came have as many elements as their policy asked for: asking for more is an error.
+// Top yields the rows of a scope that are there, by request, site and position; Coverage says what became of the others. Rows of which only statistics came have as many elements as their policy asked for: asking for more is an error.
 func (e *Engine) Top(ctx context.Context, q TopQuery, yield func(TopRow) error) error {
 	k := q.K
 	if k == 0 {

@@ -32,6 +32,7 @@ func topkCommand(o *options) *cobra.Command {
 	var tokens string
 	var k int
 	c := &cobra.Command{Use: "topk", Short: "The greatest elements of each row, and which they are", Args: cobra.NoArgs,
+		Long:    "The greatest elements of each row that is there, and which they are; `dmi coverage` says what became of the others.",
 		Example: "  dmi topk --request r1a2b3c4.0 --site logits --tokens=-1: --k 10",
 		RunE: func(c *cobra.Command, _ []string) error {
 			r, err := o.reader(c)
