@@ -229,6 +229,21 @@ func (b *buffer) unwritten() {
 	b.writing = nil
 }
 
+// oldest is when the first of the rows still here came; zero: there are none.
+func (b *buffer) oldest() (came time.Time) {
+	if e := b.waiting.Front(); e != nil {
+		came = e.Value.(*stream).born
+	}
+	for _, list := range [...][]*stream{b.ready, b.writing} {
+		for _, s := range list {
+			if came.IsZero() || s.born.Before(came) {
+				came = s.born
+			}
+		}
+	}
+	return came
+}
+
 // low is the first position of the manifest that may tell of rows still here.
 func (b *buffer) low(end position) position {
 	if e := b.waiting.Front(); e != nil && e.Value.(*stream).at.before(end) {

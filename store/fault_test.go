@@ -110,6 +110,38 @@ func TestDiskFull(t *testing.T) {
 	}
 }
 
+// TestDurableByItself: rows that a sync finds in the buffer count as not durable after it, and become durable without anybody asking.
+func TestDurableByItself(t *testing.T) {
+	o := small()
+	o.FS, o.Catalogue = vfs.NewMem(), catalogueFile(t)
+	o.FlushAge, o.SyncAge = 200*time.Millisecond, 5*time.Millisecond
+	s := mustOpen(t, "store", o)
+	l, err := newLoad(t, s, seeded(t), "s0000000a")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := l.barrier(); err != nil {
+		t.Fatal(err)
+	}
+	if err := l.forward(1, 5); err != nil {
+		t.Fatal(err)
+	}
+	durable := false
+	for deadline := time.Now().Add(30 * time.Second); !durable && time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+		m := s.Stats()
+		durable = m.DurableLag == 0
+		if durable && m.BufferBytes > 0 {
+			t.Fatalf("durable, with %d bytes in the buffer", m.BufferBytes)
+		}
+	}
+	if !durable {
+		t.Fatal("rows that nobody asked for did not become durable")
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // TestFullBufferOnFullDisk: a session that would rather lose rows than wait is told at once, one in complete mode after the bound; neither blocks for ever.
 func TestFullBufferOnFullDisk(t *testing.T) {
 	for _, mode := range []string{"best-effort", "complete"} {
