@@ -169,7 +169,7 @@ def ring_options(
     command_capacity: int = 4096,
     wait_bound_s: float = 30,
 ) -> tuple[_Options, torch.device]:
-    """What `Ring` is made with, and where it is."""
+    """What a `Ring` is made with, and where it is."""
     if mode not in MODES:
         raise ValueError(f"create ring: mode {mode!r}; give one of {', '.join(map(repr, MODES))}")
     where = torch.device(device)
@@ -210,26 +210,11 @@ class Ring:
     closed by close(), or when it is no longer referenced; at exit its thread is stopped.
     """
 
-    def __init__(
-        self,
-        *,
-        mode: str,
-        device: torch.device | str = "cpu",
-        payload_mib: float = USUAL_MIB,
-        staging_mib: float = USUAL_MIB,
-        spill_mib: float = 64,
-        table_mib: float = 4,
-        lanes: int | None = None,
-        record_capacity: int = 16384,
-        site_capacity: int = 4096,
-        command_capacity: int = 4096,
-        wait_bound_s: float = 30,
-    ) -> None:
+    def __init__(self, *, mode: str, **given: Any) -> None:
+        """`given`: as `ring_options` takes them."""
         self._library = load()
         self.mode = mode
-        options, self.device = ring_options(mode=mode, device=device, payload_mib=payload_mib, staging_mib=staging_mib, spill_mib=spill_mib, table_mib=table_mib,
-                                            lanes=lanes, record_capacity=record_capacity, site_capacity=site_capacity, command_capacity=command_capacity,
-                                            wait_bound_s=wait_bound_s)  # fmt: skip
+        options, self.device = ring_options(mode=mode, **given)
         self.lanes = int(options.lanes)
         self._handle = _check(self._library, self._library.dmi_ring_create(ctypes.byref(options)))
         with torch.inference_mode(False):
