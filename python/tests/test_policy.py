@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,37 @@ def test_explain_says_the_rule_and_its_price(tmp_path: Path) -> None:
         assert (residual["rule"], residual["captured"]) == ("default", True)
         with pytest.raises(dmi.NotCapturedError):
             session.policy.explain("none")
+
+
+def test_watch_tells_what_the_policy_does_as_it_does_it(tmp_path: Path) -> None:
+    model, got = llama(), list[dict[str, Any]]()
+    with dmi.attach(model, HOOKS, store=tmp_path / "s") as session, torch.no_grad():
+        session.policy.set({"triggers": [{"name": "loud", "hooks": "resid_post", "cooldown": "1h", "when": {"statistic": "l2", "above": 0}}]})
+        policy = session.policy
+        watching = threading.Thread(target=lambda: got.extend(policy.watch()))  # what came before first
+        late = list[dict[str, Any]]()
+        store = dmi.open(tmp_path / "s")
+
+        def follow() -> None:
+            for event in store.policy.watch():
+                late.append(event)
+
+        following = threading.Thread(target=follow)
+        watching.start()
+        following.start()
+        until(lambda: len(late) == 1)  # and then what comes
+        model(prompts(1, 3), use_cache=False)
+        until(lambda: len(late) == 2)
+        session.policy.off()
+        until(lambda: len(late) == 3)
+    for thread in (watching, following):
+        thread.join(60)  # with its engine the stream ends
+        assert not thread.is_alive()
+    assert [(e["code"], e["level"]) for e in late] == [("policy", "info"), ("trigger", "warning"), ("policy", "info")]
+    assert late[1]["message"].startswith(f"loud: request {session.requests[0]}, position 0") and "brake put on" in late[2]["message"]
+    assert [e["id"] for e in got] == [e["id"] for e in late] == sorted(e["id"] for e in late)
+    with pytest.raises(dmi.NotCapturedError, match="nothing is captured here"):
+        next(store.policy.watch())
 
 
 def test_a_policy_outlives_its_engine_and_meets_the_next_model(tmp_path: Path) -> None:

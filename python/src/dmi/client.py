@@ -14,7 +14,7 @@ import os
 import socket
 import ssl
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
@@ -122,6 +122,17 @@ class Client:
     def follow(self, path: str, arguments: Arguments) -> Iterator[tuple[str, Any]]:
         """Events as they come, until the engine stops."""
         yield from self._events("GET", path, arguments, endless=True)
+
+    def happenings(self, codes: Container[str] | None = None) -> Iterator[dict[str, Any]]:
+        """The engine's latest events, then those that come, until it stops: all, or those of some codes. One has `dropped` where events
+        of any code were lost before it, because this reader was slow: how many."""
+        dropped = 0
+        for name, event in self.follow("/live/events", {}):
+            if name == "dropped":
+                dropped += event["events"]
+            elif name == "event" and (codes is None or event["code"] in codes):
+                yield {**event, "dropped": dropped} if dropped else event
+                dropped = 0
 
     def _events(self, method: str, path: str, arguments: Arguments, *, endless: bool = False) -> Iterator[tuple[str, Any]]:
         """Events up to the result, and that. Raises EngineError where the work fails on the way."""

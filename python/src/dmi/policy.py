@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from dmi.client import Client
+
+WATCHED = frozenset({"policy", "trigger", "governor"})
+"""Codes of events that `watch` gives, as `dmi policy watch` does."""
 
 
 class Policy:
@@ -43,6 +46,11 @@ class Policy:
         """Which rule decides about a token's rows, by site: `site, rule, line, level, captured, why, bytes_per_s`. `name` may be a glob; `phase`
         "prefill" or "decode", or what the position is."""
         return list(self._client().list("/policy/explain", {"request": request, "site": name, "position": position, "phase": phase}))
+
+    def watch(self) -> Iterator[dict[str, Any]]:
+        """What the policy, its triggers and the governor do, as events (see `Store.events`): those among the latest 256, then as they come, until the
+        engine stops. Raises NotCapturedError where nothing is captured."""
+        yield from self._client().happenings(WATCHED)
 
     def revisions(self) -> list[dict[str, Any]]:
         """Everything that was ever in force, oldest first, without the documents' texts."""

@@ -179,10 +179,8 @@ class Store:
 
     def events(self) -> Iterator[dict[str, Any]]:
         """What happens to the engine: attach, detach, drops, policy, governor, disk: `id, time, level, code, session, message`. The latest 256 first, then as
-        they come, until the engine stops. Raises NotCapturedError where nothing is captured."""
-        for name, event in self._fresh().follow("/live/events", {}):
-            if name == "event":
-                yield event
+        they come, until the engine stops; and `dropped` where some were lost before one, because this reader was slow. Raises NotCapturedError where nothing is captured."""
+        yield from self._fresh().happenings()
 
     def status(self) -> dict[str, Any]:
         """What the engine says of itself: version, books, rates, attached sessions, disk."""
