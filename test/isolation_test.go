@@ -193,9 +193,6 @@ func TestBadNeighbours(t *testing.T) {
 	over.Store(true)
 	bad.Wait()
 	t.Logf("alone: %s; beside bad neighbours: %s; waits: %d", middle(alone), middle(beside), victim.waits)
-	if longest := beside[len(beside)-1]; longest > 10*time.Second {
-		t.Errorf("a barrier took %v beside bad neighbours", longest)
-	}
 	if flooded := tallies[flooder.session][tallyProduced]; flooded < 100_000 {
 		t.Errorf("the flooder produced %d rows: the test shows nothing", flooded)
 	}

@@ -225,7 +225,7 @@ func TestHangingDisk(t *testing.T) {
 	if err := l.Append(Entry{Event: "begin", Read: "1"}); !errors.Is(err, errHangs) {
 		t.Errorf("a line on a hanging disk: %v", err)
 	}
-	if took := time.Since(began); took > 5*time.Second {
+	if took := time.Since(began); took > 30*time.Second {
 		t.Errorf("it held its writer for %v", took)
 	}
 	if err := l.Close(); err == nil || !strings.Contains(err.Error(), "may be missing") {
