@@ -16,7 +16,7 @@ import (
 	"dmi/tensor"
 )
 
-const catalogueVersion = 2
+const catalogueVersion = 3
 
 // schema is documented in docs/format/catalogue.md. Times are ns since 1970, 0 where there is none; lists and maps are JSON.
 const schema = `
@@ -47,6 +47,11 @@ CREATE TABLE checkpoint (one INTEGER PRIMARY KEY CHECK (one = 1), manifest INTEG
 const since2 = `
 CREATE TABLE expired (session INTEGER PRIMARY KEY, rows INTEGER);
 ALTER TABLE checkpoint ADD COLUMN next_segment INTEGER NOT NULL DEFAULT 0;
+`
+
+// since3 is what format 3 has and format 2 had not.
+const since3 = `
+ALTER TABLE segment_requests ADD COLUMN list BLOB;
 `
 
 // catalogue is what can be asked without reading segments. All of it can be had from them and the manifest again.
@@ -155,9 +160,11 @@ func (c *catalogue) prepare() error {
 	script := ""
 	switch version {
 	case 0:
-		script = schema + since2
+		script = schema + since2 + since3
 	case 1:
-		script = since2
+		script = since2 + since3
+	case 2:
+		script = since3
 	case catalogueVersion:
 		return nil
 	default:
@@ -246,7 +253,7 @@ func (c *catalogue) commit(ch *change) error {
 		return err
 	}
 	defer tx.Rollback()
-	w := statements{tx: tx}
+	w, lists := statements{tx: tx}, packer{}
 	for _, s := range ch.sessions {
 		w.exec(`INSERT INTO sessions (number, id, producer, mode, text, model, versions, process, hooks, begun_unix_ns, ended_unix_ns) VALUES (?,?,?,?,?,?,?,?,?,?,?)
 			ON CONFLICT (number) DO UPDATE SET producer=excluded.producer, mode=excluded.mode, text=excluded.text, model=excluded.model, versions=excluded.versions,
@@ -276,8 +283,8 @@ func (c *catalogue) commit(ch *change) error {
 	for _, s := range ch.segments {
 		w.exec(`INSERT OR REPLACE INTO segments VALUES (?,?,?,?,?,?,?)`, int64(s.number), s.bytes, s.data, s.chunks, int64(s.rows), int64(s.chunkBytes), s.created)
 		for _, g := range s.groups {
-			w.exec(`INSERT OR REPLACE INTO segment_requests VALUES (?,?,?,?,?,?,?,?)`, g.Key.Session, int64(g.Key.Request), int64(s.number), g.Chunks, int64(g.Rows),
-				int64(g.Bytes), g.Offset, g.Length)
+			w.exec(`INSERT OR REPLACE INTO segment_requests VALUES (?,?,?,?,?,?,?,?,?)`, g.Key.Session, int64(g.Key.Request), int64(s.number), g.Chunks, int64(g.Rows),
+				int64(g.Bytes), g.Offset, g.Length, lists.pack(g.List))
 		}
 	}
 	for _, g := range ch.gone {

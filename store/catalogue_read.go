@@ -213,16 +213,40 @@ func (c *catalogue) segments() (map[uint64]sealedSegment, error) {
 	return segments, err
 }
 
-// groups are where sealed segments list a request's chunks.
+// groups are where sealed segments list a request's chunks, and the lists themselves where the catalogue has them.
 func (c *catalogue) groups(key tensor.RequestKey) (map[uint64]segment.Group, error) {
 	groups := map[uint64]segment.Group{}
 	err := c.each(func(scan func(...any) error) error {
 		var number uint64
+		var list []byte
 		g := segment.Group{Key: key}
-		err := scan(&number, &g.Chunks, &g.Rows, &g.Bytes, &g.Offset, &g.Length)
+		err := scan(&number, &g.Chunks, &g.Rows, &g.Bytes, &g.Offset, &g.Length, &list)
+		g.List = unpack(list, g.Length)
 		groups[number] = g
 		return err
-	}, `SELECT segment, chunks, rows, bytes, list_offset, list_bytes FROM segment_requests WHERE session=? AND request=?`, key.Session, int64(key.Request))
+	}, `SELECT segment, chunks, rows, bytes, list_offset, list_bytes, `+c.list()+` FROM segment_requests WHERE session=? AND request=?`, key.Session, int64(key.Request))
+	return groups, err
+}
+
+// list is the column of that name, which older formats have not.
+func (c *catalogue) list() string {
+	if c.version < 3 {
+		return "NULL"
+	}
+	return "list"
+}
+
+// groupsOf are where a segment lists chunks. It goes over all lines: for segments that do not say it themselves.
+func (c *catalogue) groupsOf(number uint64) (groups []segment.Group, err error) {
+	err = c.each(func(scan func(...any) error) error {
+		var g segment.Group
+		var request int64
+		var list []byte
+		err := scan(&g.Key.Session, &request, &g.Chunks, &g.Rows, &g.Bytes, &g.Offset, &g.Length, &list)
+		g.Key.Request, g.List = uint64(request), unpack(list, g.Length)
+		groups = append(groups, g)
+		return err
+	}, `SELECT session, request, chunks, rows, bytes, list_offset, list_bytes, `+c.list()+` FROM segment_requests WHERE segment=?`, int64(number))
 	return groups, err
 }
 

@@ -7,6 +7,7 @@ import (
 	"hash/crc32"
 	"io/fs"
 	"path"
+	"slices"
 
 	"dmi/store/segment"
 )
@@ -18,7 +19,8 @@ func leavable(err error) bool {
 	return errors.Is(err, ErrCorrupt) || errors.Is(err, ErrGone) || errors.Is(err, ErrDevice)
 }
 
-// listed is everything that a sealed segment holds: by its directory, or where that is damaged by its index blocks. With an error it is what can be made out of it.
+// listed is everything that a sealed segment holds: by its directory, or where that is damaged by its index blocks, or where those are by the lists that the catalogue has. With an
+// error it is what can be made out of it.
 func (s *Store) listed(number uint64) ([]segment.Listed, error) {
 	s.mu.Lock()
 	g := s.sealed[number]
@@ -45,10 +47,43 @@ func (s *Store) listed(number uint64) ([]segment.Listed, error) {
 			return groups, nil
 		}
 	}
+	elsewhere, failure := s.listedElsewhere(number)
+	if failure != nil {
+		return groups, failure
+	}
+	groups = slices.DeleteFunc(groups, func(l segment.Listed) bool {
+		return slices.ContainsFunc(elsewhere, func(other segment.Listed) bool { return other.Key == l.Key })
+	})
+	groups = append(groups, elsewhere...)
+	slices.SortFunc(groups, func(a, b segment.Listed) int { return a.Key.Compare(b.Key) })
+	if whole(groups) {
+		return groups, nil
+	}
 	if err == nil {
 		err = fmt.Errorf("its directory and its index blocks do not list the %d chunks that it had", g.chunks)
 	}
 	return groups, explain(fmt.Sprintf("list segment %d", number), fmt.Errorf("%w: %w", err, ErrCorrupt))
+}
+
+// listedElsewhere is what catalogue and memory have of a segment's lists.
+func (s *Store) listedElsewhere(number uint64) (listed []segment.Listed, err error) {
+	groups, err := s.cat.groupsOf(number)
+	if err != nil {
+		return nil, explain(fmt.Sprintf("list segment %d by the catalogue", number), err)
+	}
+	s.mu.Lock()
+	for _, g := range s.pending {
+		if g.number == number {
+			groups = g.groups
+		}
+	}
+	s.mu.Unlock()
+	for _, g := range groups {
+		if l, err := segment.ParseListed([]byte(g.List), g.Offset); err == nil && l.Group == g {
+			listed = append(listed, l)
+		}
+	}
+	return listed, nil
 }
 
 // redactDamaged takes prompts out of a file of the manifest that is damaged: out of every frame that is whole, wherever it lies. Everything else stays as it was. lost is how many

@@ -104,6 +104,26 @@ func (d damagedFile) chunk(is func(tensor.RequestKey) bool) int64 {
 	return c.Chunks[slices.IndexFunc(c.Chunks, func(c segment.Chunk) bool { return is(c.Key) })].Offset
 }
 
+// bothLists damages both that the file has.
+func (d damagedFile) bothLists() {
+	end := d.contents().End
+	d.flip(end + 20)
+	d.flip(end - 10)
+}
+
+// unlist takes the catalogue's lists away.
+func (d damagedFile) unlist() {
+	c, err := openCatalogue(filepath.Join(filepath.Dir(d.name), "..", "catalogue.sqlite"))
+	must(d.t, err)
+	_, err = c.write.Exec("UPDATE segment_requests SET list = NULL")
+	must(d.t, errors.Join(err, c.close()))
+}
+
+func (d damagedFile) allLists() {
+	d.bothLists()
+	d.unlist()
+}
+
 func (d damagedFile) size() int64 {
 	info, err := os.Stat(d.name)
 	must(d.t, err)
@@ -128,19 +148,21 @@ func TestDeleteFromADamagedStore(t *testing.T) {
 		left   error // what the deletion says of the file; nil: it is done
 		healed bool  // the damage went with what was deleted
 	}{
-		"another's chunk":  {victim, func(d damagedFile) { d.flip(d.chunk(func(k tensor.RequestKey) bool { return k != deleted })) }, nil, false},
-		"its own chunk":    {victim, func(d damagedFile) { d.flip(d.chunk(func(k tensor.RequestKey) bool { return k == deleted })) }, nil, true},
-		"directory":        {victim, func(d damagedFile) { d.flip(d.contents().End + 20) }, nil, true},
-		"index block":      {victim, func(d damagedFile) { d.flip(d.contents().End - 10) }, nil, true},
-		"header's length":  {victim, func(d damagedFile) { d.flip(1) }, nil, true},
-		"header":           {victim, func(d damagedFile) { d.flip(100) }, nil, true},
-		"both lists":       {victim, func(d damagedFile) { end := d.contents().End; d.flip(end + 20); d.flip(end - 10) }, ErrCorrupt, false},
-		"cut short":        {victim, func(d damagedFile) { must(t, os.Truncate(d.name, d.size()/2)) }, ErrCorrupt, false},
-		"empty":            {victim, func(d damagedFile) { must(t, os.Truncate(d.name, 0)) }, ErrCorrupt, false},
-		"missing":          {victim, func(d damagedFile) { must(t, os.Remove(d.name)) }, ErrGone, false},
-		"manifest's frame": {log, func(d damagedFile) { d.flip(manifestHeader + 30) }, ErrCorrupt, false},
-		"manifest's end":   {log, func(d damagedFile) { must(t, os.Truncate(d.name, d.size()-7)) }, ErrCorrupt, false},
-		"manifest's head":  {log, func(d damagedFile) { d.flip(20) }, nil, false},
+		"another's chunk":        {victim, func(d damagedFile) { d.flip(d.chunk(func(k tensor.RequestKey) bool { return k != deleted })) }, nil, false},
+		"its own chunk":          {victim, func(d damagedFile) { d.flip(d.chunk(func(k tensor.RequestKey) bool { return k == deleted })) }, nil, true},
+		"directory":              {victim, func(d damagedFile) { d.flip(d.contents().End + 20) }, nil, true},
+		"index block":            {victim, func(d damagedFile) { d.flip(d.contents().End - 10) }, nil, true},
+		"header's length":        {victim, func(d damagedFile) { d.flip(1) }, nil, true},
+		"header":                 {victim, func(d damagedFile) { d.flip(100) }, nil, true},
+		"both lists":             {victim, damagedFile.bothLists, nil, true}, // the catalogue has a third
+		"all lists":              {victim, damagedFile.allLists, ErrCorrupt, false},
+		"cut short, and no list": {victim, func(d damagedFile) { d.unlist(); must(t, os.Truncate(d.name, d.size()/2)) }, ErrCorrupt, false},
+		"cut short":              {victim, func(d damagedFile) { must(t, os.Truncate(d.name, d.size()/2)) }, ErrCorrupt, false},
+		"empty":                  {victim, func(d damagedFile) { must(t, os.Truncate(d.name, 0)) }, ErrCorrupt, false},
+		"missing":                {victim, func(d damagedFile) { must(t, os.Remove(d.name)) }, ErrGone, false},
+		"manifest's frame":       {log, func(d damagedFile) { d.flip(manifestHeader + 30) }, ErrCorrupt, false},
+		"manifest's end":         {log, func(d damagedFile) { must(t, os.Truncate(d.name, d.size()-7)) }, ErrCorrupt, false},
+		"manifest's head":        {log, func(d damagedFile) { d.flip(20) }, nil, false},
 	} {
 		t.Run(what, func(t *testing.T) {
 			l := l.of(t)
@@ -195,11 +217,13 @@ func TestRetentionAtADamagedSegment(t *testing.T) {
 		damage func(damagedFile)
 		stays  bool
 	}{
-		"chunk":      {func(d damagedFile) { d.flip(d.contents().Chunks[0].Offset) }, false},
-		"directory":  {func(d damagedFile) { d.flip(d.contents().End + 20) }, false},
-		"both lists": {func(d damagedFile) { end := d.contents().End; d.flip(end + 20); d.flip(end - 10) }, true},
-		"cut short":  {func(d damagedFile) { must(t, os.Truncate(d.name, d.size()/2)) }, true},
-		"missing":    {func(d damagedFile) { must(t, os.Remove(d.name)) }, true},
+		"chunk":                  {func(d damagedFile) { d.flip(d.contents().Chunks[0].Offset) }, false},
+		"directory":              {func(d damagedFile) { d.flip(d.contents().End + 20) }, false},
+		"both lists":             {damagedFile.bothLists, false},
+		"all lists":              {damagedFile.allLists, true},
+		"cut short":              {func(d damagedFile) { must(t, os.Truncate(d.name, d.size()/2)) }, false},
+		"cut short, and no list": {func(d damagedFile) { d.unlist(); must(t, os.Truncate(d.name, d.size()/2)) }, true},
+		"missing":                {func(d damagedFile) { must(t, os.Remove(d.name)) }, true},
 	} {
 		t.Run(what, func(t *testing.T) {
 			dir, o, told := filepath.Join(t.TempDir(), "store"), o, 0

@@ -215,7 +215,7 @@ func TestGoldenStores(t *testing.T) {
 func TestGoldenStoreIsGoneOnWith(t *testing.T) {
 	stores := goldenStores(t)
 	for _, from := range []string{"v1", "nothing"} {
-		for _, kind := range []string{"v3", "v3-killed"} {
+		for _, kind := range []string{"v4", "v4-killed"} {
 			t.Run(from+" to "+kind, func(t *testing.T) {
 				dir := filepath.Join(t.TempDir(), "store")
 				if from == "nothing" {
@@ -223,7 +223,7 @@ func TestGoldenStoreIsGoneOnWith(t *testing.T) {
 				} else {
 					must(t, os.CopyFS(dir, os.DirFS(filepath.Join("testdata", from))))
 				}
-				goOnGolden(t, dir, kind == "v3-killed")
+				goOnGolden(t, dir, kind == "v4-killed")
 				s, err := OpenReadOnly(dir)
 				sameAnswers(t, stores[kind], s, err)
 			})

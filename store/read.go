@@ -291,6 +291,11 @@ func (s *Store) chunksOf(number uint64, g segment.Group) ([]*segment.Chunk, erro
 	if chunks := s.cache.list(number, g.Key); chunks != nil {
 		return chunks, nil
 	}
+	if g.List != "" {
+		if key, list, err := segment.ParseGroup([]byte(g.List)); err == nil && key == g.Key { // else the segment has it, and Verify tells
+			return s.cache.keep(number, key, list), nil
+		}
+	}
 	f, err := s.openSegmentFile(number)
 	if err != nil {
 		return nil, err
@@ -343,7 +348,7 @@ func byIndex(f vfs.File, g segment.Group) []segment.Chunk {
 		return nil
 	}
 	var list []segment.Chunk
-	found := segment.Group{Key: g.Key, Offset: g.Offset, Length: g.Length}
+	found := segment.Group{Key: g.Key, Offset: g.Offset, Length: g.Length, List: g.List}
 	for _, c := range contents.Chunks {
 		if c.Key == g.Key {
 			list = append(list, c)

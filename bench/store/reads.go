@@ -106,8 +106,8 @@ func readStore(dir string, requests []tensor.RequestKey, what string, atMost flo
 	chunk := float64(bytes) / float64(m.Chunks)
 	goal := fmt.Sprintf("<= %.0f", atMost)
 	if atMost == 0 {
-		atMost = max(3, float64(decoded*width)/chunk+1) // one for the list, as the three have
-		goal = "<= max(3, bytes / achieved chunk + 1)"
+		atMost = max(3, float64(decoded*width)/chunk)
+		goal = "<= max(3, bytes / achieved chunk)"
 	}
 	random := rand.New(rand.NewPCG(1, 1))
 	var counts, times []float64

@@ -34,14 +34,9 @@ func Directory(f vfs.File) ([]Listed, error) {
 		if n == 0 || n > int64(len(b)) {
 			break
 		}
-		key, id, chunks, err := parseGroup(b[:n])
+		l, err := ParseListed(b[:n], at)
 		if err != nil {
 			return nil, err
-		}
-		l := Listed{Group{Key: key, Offset: at, Length: n, Chunks: len(chunks)}, id, chunks}
-		for i := range chunks {
-			l.Rows += uint64(chunks[i].Rows)
-			l.Bytes += uint64(chunks[i].Length)
 		}
 		listed = append(listed, l)
 		b, at = b[n:], at+n
@@ -50,6 +45,20 @@ func Directory(f vfs.File) ([]Listed, error) {
 		return nil, errors.New("segment: the directory is damaged")
 	}
 	return listed, nil
+}
+
+// ParseListed reads a group that is at an offset of its file.
+func ParseListed(b []byte, at int64) (Listed, error) {
+	key, id, chunks, err := parseGroup(b)
+	if err != nil {
+		return Listed{}, err
+	}
+	l := Listed{Group{Key: key, Offset: at, Length: int64(len(b)), Chunks: len(chunks), List: string(b)}, id, chunks}
+	for i := range chunks {
+		l.Rows += uint64(chunks[i].Rows)
+		l.Bytes += uint64(chunks[i].Length)
+	}
+	return l, nil
 }
 
 // Identify reads which segment a sealed file is, and where its batches begin, from its first batch.

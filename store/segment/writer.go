@@ -323,6 +323,7 @@ type Group struct {
 	Chunks int
 	Rows   uint64
 	Bytes  uint64
+	List   string // the group itself, as ParseGroup reads it; empty: it is to be read from the file
 }
 
 // Seal makes the file a safetensors file under the name sealed, durably. The batch in progress must be ended. The Writer is closed, on
@@ -379,7 +380,8 @@ func buildDirectory(chunks []Chunk, h *header, offset int64) ([]byte, []Group) {
 		}
 		g.Chunks = to - from
 		directory = appendGroup(directory, h.request[g.Key], order[from:to])
-		g.Length = offset + int64(len(directory)) - g.Offset
+		g.List = string(directory[g.Offset-offset:])
+		g.Length = int64(len(g.List))
 		groups = append(groups, g)
 		from = to
 	}

@@ -81,6 +81,12 @@ def format3(cut: str) -> dict:
     return answers | {"formats": answers["formats"] | {"manifest": 3}, "books": books}
 
 
+def format4(cut: str) -> dict:
+    """The catalogue has lists of chunks: the answers are the same."""
+    answers = format3(cut)
+    return answers | {"formats": answers["formats"] | {"catalogue": 3}}
+
+
 STORES = {
     "v1": {
         "formats": {"store": 1, "segment": 1, "manifest": 1, "catalogue": 1},
@@ -96,6 +102,8 @@ STORES = {
     "v2-killed": format2("lost engine_exit"),
     "v3": format3("dropped ring_full"),
     "v3-killed": format3("lost engine_exit"),
+    "v4": format4("dropped ring_full"),
+    "v4-killed": format4("lost engine_exit"),
 }
 
 
