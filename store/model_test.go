@@ -28,6 +28,7 @@ type load struct {
 	next    map[uint64]uint32 // position of a request's next row
 	step    uint64
 	records uint64
+	patient bool // what is refused is tried again, as the engine does, until it is taken
 
 	rows     map[rowKey]row // what was appended
 	produced uint64
@@ -94,8 +95,8 @@ func (l *load) forward(requests ...uint64) error {
 	var spans []ring.Span
 	for _, r := range requests {
 		if _, known := l.next[r]; !known {
-			err := l.store.PutRequests([]tensor.Request{{Key: l.key(r), ID: fmt.Sprintf("%d-%d", l.session, r), Run: "r", Tokens: []int64{1, 2}, Begun: time.Unix(3, 0).UTC()}})
-			if err != nil {
+			request := tensor.Request{Key: l.key(r), ID: fmt.Sprintf("%d-%d", l.session, r), Run: "r", Tokens: []int64{1, 2}, Begun: time.Unix(3, 0).UTC()}
+			if err := l.try(func() error { return l.store.PutRequests([]tensor.Request{request}) }); err != nil {
 				return err
 			}
 		}
@@ -103,7 +104,10 @@ func (l *load) forward(requests ...uint64) error {
 	}
 	l.step++
 	records, table := stepRecords(l.step, len(l.sites), spans)
-	if err := l.store.AppendStep(Step{Session: l.session, First: l.records, Count: 2, Records: records, Tables: [][]byte{table}}); err != nil {
+	err := l.try(func() error {
+		return l.store.AppendStep(Step{Session: l.session, First: l.records, Count: 2, Records: records, Tables: [][]byte{table}})
+	})
+	if err != nil {
 		return err
 	}
 	l.records += 2
@@ -166,15 +170,31 @@ func (l *load) capture(site uint32, s ring.Span) error {
 				delete(l.rows, rowKey{s.Request, site, 0, s.Position + i})
 			}
 			e.Outcome, e.Reason = tensor.Lost, tensor.IO
-			return cmp.Or(l.store.Book([]tensor.Entry{e}), fmt.Errorf("%w: %w", errRefused, err))
+			return cmp.Or(l.book(e), fmt.Errorf("%w: %w", errRefused, err))
 		}
 		clear(c.Data) // it is ours again
 	}
-	return l.store.Book([]tensor.Entry{e})
+	return l.book(e)
+}
+
+func (l *load) book(e tensor.Entry) error {
+	return l.try(func() error { return l.store.Book([]tensor.Entry{e}) })
+}
+
+func (l *load) try(do func() error) error {
+	err := do()
+	for begun := time.Now(); err != nil && l.patient && time.Since(begun) < 30*time.Second; err = do() {
+		time.Sleep(time.Millisecond)
+	}
+	return err
 }
 
 func (l *load) barrier() error {
-	if err := l.store.Barrier(context.Background()); err != nil {
+	return l.barrierWithin(context.Background())
+}
+
+func (l *load) barrierWithin(ctx context.Context) error {
+	if err := l.store.Barrier(ctx); err != nil {
 		return err
 	}
 	for k := range l.rows {
