@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"dmi/pipeline"
@@ -111,6 +112,9 @@ type Server struct {
 	entering int                 // connections that have not said hello
 	gates    Gates
 	taken    map[*session]Memory // by those attached
+
+	events            eventFilter // of those who never got a session
+	refused, expelled atomic.Uint64
 }
 
 // New makes a server.
@@ -173,13 +177,31 @@ func (s *Server) attend(ctx context.Context, conn *net.UnixConn) {
 	defer out.close()
 	session, err := s.admit(ctx, conn, out)
 	if err != nil {
-		s.options.Log.Warn("a producer was refused", "why", err)
+		s.refused.Add(1)
+		s.event("warning", "refused", fmt.Sprintf("a producer was refused: %v", err))
 		out.refuse(err)
 		return
 	}
 	if session != nil {
 		session.run(ctx)
 	}
+}
+
+// event tells the operator of somebody who has no session, unless there are very many of them.
+func (s *Server) event(level, code, message string) {
+	message, tell := s.events.pass(code, message, time.Now())
+	if !tell {
+		return
+	}
+	s.options.Log.Warn(message, "code", code)
+	if s.options.Event != nil {
+		s.options.Event(level, code, "", message)
+	}
+}
+
+// Turned is how many producers were refused, and how many were thrown out for what they said or wrote later.
+func (s *Server) Turned() (refused, expelled uint64) {
+	return s.refused.Load(), s.expelled.Load()
 }
 
 func (s *Server) enter(by int) bool {

@@ -371,7 +371,7 @@ func TestAnotherEngineTakesOver(t *testing.T) {
 	capture(t, p, lane, random, 2, 0, 3)
 	r.server.Flush(context.Background())
 	r.stop()
-	if _, err := c.Expect("bye", 5*time.Second); err == nil || !strings.Contains(err.Error(), "stopping") {
+	if _, err := c.Expect("bye", 5*time.Second); err == nil || !strings.Contains(err.Error(), "connect again when it is back") {
 		t.Error("the producer was told:", err)
 	}
 	capture(t, p, lane, random, 2, 1, 3) // while nobody is there

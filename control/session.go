@@ -282,6 +282,7 @@ func (x *session) finish(reason tensor.Reason, bye bool, err error) {
 		x.event("info", "detach", fmt.Sprintf("session %s detached", x.id))
 		x.out.answer(byeMessage{"bye"})
 	case x.failure != nil:
+		x.server.expelled.Add(1)
 		x.out.refuse(refuse("ring", "%v; attach again", x.failure))
 	case reason == tensor.EngineExit:
 		x.out.refuse(refuse("stopping", "the engine is stopping; connect again when it is back"))
@@ -289,6 +290,7 @@ func (x *session) finish(reason tensor.Reason, bye bool, err error) {
 		if err == nil || gone(err) {
 			x.event("warning", "detach", fmt.Sprintf("the producer of session %s is gone without a bye; what its open steps still owed is lost(producer_exit)", x.id))
 		} else {
+			x.server.expelled.Add(1)
 			x.event("error", "detach", fmt.Sprintf("session %s was closed: %v", x.id, err))
 			x.out.refuse(err)
 		}

@@ -14,6 +14,13 @@ type Occupancy struct {
 	Capacity uint64 `json:"capacity"`
 }
 
+// Troubles are what an engine counts of those that are nobody's who is attached now.
+type Troubles struct {
+	Stopped  time.Duration // in which its process did not run
+	Refused  uint64        // producers that were not admitted
+	Expelled uint64        // and that were thrown out later
+}
+
 // Attached is a producer that is connected now, in its own counters' words (abi/ring.h, dmi_counters).
 type Attached struct {
 	Session      string               `json:"session"`

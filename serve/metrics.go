@@ -37,6 +37,7 @@ type collector struct {
 	capturedRows, capturedBytes, otherRows, waits, waitSeconds, opCalls, opSeconds               metric
 	kept, copied, offered, fetched, letGo                                                        metric
 	outside, spilled                                                                             metric
+	stopped, refused, expelled                                                                   metric
 	subscribers, subscriberFrames, subscriberDroppedRows, subscriberDroppedEvents                metric
 	auditLines, auditLost, auditFailing                                                          metric
 	lowered, triggerRows, triggerFirings, webhooks                                               metric
@@ -74,6 +75,10 @@ func newCollector(s *Server) *collector {
 		retiredBytes:      counter("dmi_store_retired_bytes_total", "Bytes of dmi_store_retired_segments_total."),
 		compactedSegments: counter("dmi_store_compacted_segments_total", "Segments that compaction wrote anew since the engine started."),
 		compactedBytes:    counter("dmi_store_compacted_bytes_total", "Bytes of chunks that compaction wrote."),
+
+		stopped:  counter("dmi_engine_stopped_seconds_total", "Time in which the engine's process did not run, since it started: stopped, frozen or swapped out, for 3 s or more at a time."),
+		refused:  counter("dmi_producers_refused_total", "Producers that were not admitted, since the engine started."),
+		expelled: counter("dmi_producers_expelled_total", "Producers that were thrown out for what they said or wrote, since the engine started."),
 
 		attached:        gauge("dmi_producers", "Producers attached."),
 		occupancy:       gauge("dmi_queue_used", "How much of a bounded queue is in use, summed over producers; bytes or slots as its name says.", "queue"),
@@ -164,6 +169,12 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 
 	if o.Attached != nil {
 		c.collectProducers(put)
+	}
+	if o.Troubles != nil {
+		t := o.Troubles()
+		put(c.stopped, t.Stopped.Seconds())
+		put(c.refused, float64(t.Refused))
+		put(c.expelled, float64(t.Expelled))
 	}
 	if o.Live != nil {
 		l := o.Live.Metrics()

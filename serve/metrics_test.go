@@ -52,7 +52,8 @@ func TestMetricsAreThePages(t *testing.T) {
 		t.Errorf("metrics:\n%s\npage:\n%s", strings.Join(have, "\n"), strings.Join(want, "\n"))
 	}
 	for _, line := range []string{`dmi_rows_total{level="full",outcome="dropped",reason="ring_full"} 1`, "dmi_rows_produced_total 36", `dmi_queue_used{queue="staging_bytes"} 1`,
-		`dmi_queue_capacity{queue="staging_bytes"} 4096`, `dmi_producer_other_rows{mode="complete",reason="ring_full"} 1`, "dmi_producers 1"} {
+		`dmi_queue_capacity{queue="staging_bytes"} 4096`, `dmi_producer_other_rows{mode="complete",reason="ring_full"} 1`, "dmi_producers 1", "dmi_engine_stopped_seconds_total 5", "dmi_producers_refused_total 2",
+		"dmi_producers_expelled_total 1"} {
 		if !strings.Contains(text, line+"\n") {
 			t.Errorf("no line %q", line)
 		}

@@ -43,7 +43,8 @@ type Options struct {
 	Formats  map[string]int // versions of what the engine writes and speaks
 	Store    Store
 	Live     *live.Hub
-	Attached func() []Attached               // producers, as the control socket knows them
+	Attached func() []Attached // producers, as the control socket knows them
+	Troubles func() Troubles
 	Flush    func(ctx context.Context) error // drain what was published, then make it durable
 	Policy   *steer.Helm                     // nil: PolicyError says why not
 	Config   any                             // effective configuration, as `dmi config --json` prints it

@@ -76,6 +76,7 @@ func newWorld(t *testing.T) *served {
 		t.Fatal(err)
 	}
 	w.server = New(Options{Policy: helm, Formats: map[string]int{"store": 1}, Identity: Identity{ID: "e00000001", Version: "test", Store: s.Dir(), Started: time.Now()}, Store: s, Live: w.hub,
+		Troubles: func() Troubles { return Troubles{Stopped: 5 * time.Second, Refused: 2, Expelled: 1} },
 		Attached: func() []Attached {
 			return []Attached{{Session: sample.Session.ID, Number: sample.Session.Number, Mode: "complete", Model: "sample", AttachedAt: time.Now(),
 				Occupancies: map[string]Occupancy{"staging_bytes": {Used: 1, Capacity: 4096}}, Steps: 2, OtherRows: map[string]uint64{"ring_full": 1}}}

@@ -161,16 +161,17 @@ func TestDisksThatBreak(t *testing.T) {
 		says    string // what the operator is told; "": that the disk takes its time
 		metrics map[string]float64
 		event   string
+		advises string // the event
 	}{
-		{"full", refuse(syscall.ENOSPC), "free space", map[string]float64{"dmi_store_failing": 1, "dmi_store_failures_total": 1}, "store_write"},
-		{"read-only", refuse(syscall.EROFS), "read-only", map[string]float64{"dmi_store_failing": 1, "dmi_store_failures_total": 1}, "store_write"},
-		{"failing", refuse(syscall.EIO), "dmesg", map[string]float64{"dmi_store_failing": 1, "dmi_store_failures_total": 1}, "store_write"},
+		{"full", refuse(syscall.ENOSPC), "free space", map[string]float64{"dmi_store_failing": 1, "dmi_store_failures_total": 1}, "store_write", "free space"},
+		{"read-only", refuse(syscall.EROFS), "read-only", map[string]float64{"dmi_store_failing": 1, "dmi_store_failures_total": 1}, "store_write", "mounted read-only"},
+		{"failing", refuse(syscall.EIO), "dmesg", map[string]float64{"dmi_store_failing": 1, "dmi_store_failures_total": 1}, "store_write", "dmesg"},
 		{"slow", func(<-chan struct{}) func() error {
 			return func() error { time.Sleep(250 * time.Millisecond); return nil }
-		}, "", map[string]float64{"dmi_store_durable_lag_seconds": 0.4}, "store_lag"},
+		}, "", map[string]float64{"dmi_store_durable_lag_seconds": 0.4}, "store_lag", "give the store a faster disk"},
 		{"hung", func(mended <-chan struct{}) func() error {
 			return func() error { <-mended; return nil }
-		}, "iostat", map[string]float64{"dmi_store_failing": 1, "dmi_store_failures_total": 1, "dmi_store_stalled_seconds": 0.7}, "store_write"},
+		}, "iostat", map[string]float64{"dmi_store_failing": 1, "dmi_store_failures_total": 1, "dmi_store_stalled_seconds": 0.7}, "store_write", "iostat"},
 	} {
 		for mode, name := range map[uint32]string{ring.ModeComplete: "complete", ring.ModeBestEffort: "best-effort"} {
 			t.Run(c.name+"/"+name, func(t *testing.T) {
@@ -205,6 +206,9 @@ func TestDisksThatBreak(t *testing.T) {
 					waitFor(t, func() bool { publish(); return metricOf(t, e.HTTPUnix, metric) >= least })
 				}
 				waitFor(t, func() bool { return strings.Contains(recentEvents(t, e.HTTPUnix), `"`+c.event+`"`) })
+				if events := recentEvents(t, e.HTTPUnix); !strings.Contains(events, c.advises) {
+					t.Errorf("no event says %q:\n%s", c.advises, events)
+				}
 				if status, text := get(t, e.HTTPUnix, "/readyz"); c.says != "" && (status != http.StatusServiceUnavailable || !strings.Contains(text, c.says)) {
 					t.Errorf("/readyz: %d %s, want %q", status, text, c.says)
 				} else if c.says == "" && status != http.StatusOK {

@@ -43,6 +43,7 @@ type engine struct {
 	helm     *steer.Helm     // likewise
 	ledger   *policy.Ledger
 	watch    *trigger.Watch // nil when it only reads
+	lookout  *lookout       // likewise
 	audit    *audit.Log     // nil: reads are not recorded
 	server   *serve.Server
 	said     announcement
@@ -83,6 +84,7 @@ func runEngine(ctx context.Context, config *effective, log *slog.Logger, ready f
 	}
 	if e.intake != nil {
 		group.Go(func() error { e.helm.Run(intakeCtx); return nil })
+		group.Go(func() error { e.lookout.run(intakeCtx); return nil })
 		group.Go(func() error {
 			defer close(intakeDone)
 			return e.intake.Serve(intakeCtx, e.producers)
@@ -154,7 +156,8 @@ func (e *engine) open() (err error) {
 	if e.helm, e.ledger, err = openHelm(e.dir, e.store, e.names, e.watch, e.tell); err != nil {
 		return &exitError{exitStore, err}
 	}
-	o.Store, o.Live, o.Attached, o.Audit, o.Policy = e.store, e.hub, e.attached, e.audit, e.helm
+	e.lookout = newLookout(e)
+	o.Store, o.Live, o.Attached, o.Audit, o.Policy, o.Troubles = e.store, e.hub, e.attached, e.audit, e.helm, e.troubles
 	o.Flush = func(ctx context.Context) error { return e.intake.Flush(ctx) } // which listen makes, knowing the addresses
 	e.server = serve.New(o)
 	return nil

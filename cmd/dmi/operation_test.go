@@ -139,3 +139,55 @@ func TestEventsAreThePages(t *testing.T) {
 		}
 	}
 }
+
+// Every fault that the store and its producers are held against is on docs/operation.md, with a metric, an event and what to do; and a test injects it, and holds what is said against what
+// is to be said.
+func TestEveryFaultIsTold(t *testing.T) {
+	root := filepath.Join("..", "..")
+	read := func(name string) string {
+		text, err := os.ReadFile(filepath.Join(root, filepath.FromSlash(name)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(text)
+	}
+	page, metrics := read("docs/operation.md"), read("docs/metrics.md")
+	const disks, killed, troubles = "cmd/dmi/disk_test.go TestDisksThatBreak", "test/faults_test.go TestWhatAKillCostIsTold", "test/troubles_test.go TestTroublesAreTold"
+	for _, f := range []struct{ fault, row, test, says string }{ // row: how the page's begins; says: what the test holds the message against
+		{"disk full", "disk full, read-only, failing", disks, "free space"},
+		{"disk read-only", "disk full, read-only, failing", disks, "mounted read-only"},
+		{"disk failing", "disk full, read-only, failing", disks, "dmesg"},
+		{"disk slow", "disk slow", disks, "give the store a faster disk"},
+		{"disk hung", "disk hangs", disks, "iostat"},
+		{"engine down", "engine killed", killed, "booked lost(engine_exit)"},
+		{"engine stopped", "engine stopped", troubles, "find out who"},
+		{"engine restarted", "engine restarted", "control/server_test.go TestAnotherEngineTakesOver", "connect again when it is back"},
+		{"producer gone", "producer gone", killed, "gone without a bye"},
+		{"lying producer", "producer lies", troubles, "dance"},
+		{"resizing producer", "producer that could resize its ring", "control/server_test.go TestRefusals", "F_SEAL_SHRINK"},
+		{"refused producer", "producer that could resize its ring", troubles, "a producer was refused: "},
+		{"stalling producer", "producer stalls", troubles, "Is it stopped, or its device hung?"},
+		{"flooding producer", "producer floods", troubles, "Capture less (dmi policy)"},
+		{"slow subscriber", "reader too slow", troubles, "read faster"},
+	} {
+		row := regexp.MustCompile(`(?m)^\| ` + regexp.QuoteMeta(f.row) + `[^|]*\|([^|]*)\|[^|]*\|([^|]*)\|$`).FindStringSubmatch(page)
+		if row == nil {
+			t.Errorf("%s: docs/operation.md has no row that begins with %q", f.fault, f.row)
+			continue
+		}
+		counted, told := false, false
+		for _, m := range regexp.MustCompile("`([a-z_]+)[^`]*`").FindAllStringSubmatch(row[1], -1) {
+			counted = counted || strings.Contains(metrics, "| `"+m[1]+"` |")
+			told = told || strings.Contains(page, "\n| `"+m[1]+"` | ")
+		}
+		if !counted || !told || strings.TrimSpace(row[2]) == "" {
+			t.Errorf("%s: its row names a metric: %t, an event: %t, and says what to do: %q", f.fault, counted, told, strings.TrimSpace(row[2]))
+		}
+		file, name, _ := strings.Cut(f.test, " ")
+		_, body, found := strings.Cut(read(file), "\nfunc "+name+"(")
+		body, _, _ = strings.Cut(body, "\n}\n")
+		if !found || !strings.Contains(body, f.says) {
+			t.Errorf("%s: %s does not hold a message against %q", f.fault, f.test, f.says)
+		}
+	}
+}
