@@ -19,7 +19,8 @@ var (
 	ErrNewer    = errors.New("written by a later version of DMI; use that version, or another store")
 	ErrInUse    = errors.New("another engine has it open; attach to that one, or stop it first")
 	ErrDiskFull = errors.New("the disk is full; free space: writing resumes by itself")
-	ErrReadOnly = errors.New("it cannot be written; check permissions, and that the file system is not mounted read-only")
+	ErrReadOnly = errors.New("it cannot be written; mount the file system for writing, or use another store")
+	ErrDenied   = errors.New("this user may not; run as the user who owns it, or give it to this one (chown)")
 	ErrFileSize = errors.New("files may not grow to that size; raise the limit of the engine (ulimit -f, LimitFSIZE=) or of the file system")
 	ErrDevice   = errors.New("the disk reported an error; check it (dmesg) before you trust it again")
 	ErrCorrupt  = errors.New("it is damaged; run `dmi verify` for the extent")
@@ -31,7 +32,7 @@ var (
 
 // Passing reports whether an error is the disk's, and may be over when it is tried again.
 func Passing(err error) bool {
-	return errors.Is(err, ErrDiskFull) || errors.Is(err, ErrFileSize) || errors.Is(err, ErrReadOnly) || errors.Is(err, ErrDevice)
+	return errors.Is(err, ErrDiskFull) || errors.Is(err, ErrFileSize) || errors.Is(err, ErrReadOnly) || errors.Is(err, ErrDenied) || errors.Is(err, ErrDevice)
 }
 
 // explain adds what an error of the file system means for an operator.
@@ -50,8 +51,10 @@ func explain(doing string, err error) error {
 		kind = ErrDiskFull
 	case errors.Is(err, syscall.EFBIG):
 		kind = ErrFileSize
-	case errors.Is(err, syscall.EROFS), errors.Is(err, fs.ErrPermission):
+	case errors.Is(err, syscall.EROFS):
 		kind = ErrReadOnly
+	case errors.Is(err, fs.ErrPermission):
+		kind = ErrDenied
 	case errors.Is(err, syscall.EIO):
 		kind = ErrDevice
 	default:
@@ -72,8 +75,10 @@ func explainCatalogue(err error) error {
 	switch failure.Code() & 0xff { // the rest says more of the same
 	case sqlite3.SQLITE_FULL:
 		return ErrDiskFull
-	case sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM:
+	case sqlite3.SQLITE_READONLY:
 		return ErrReadOnly
+	case sqlite3.SQLITE_PERM:
+		return ErrDenied
 	case sqlite3.SQLITE_IOERR:
 		return ErrDevice
 	case sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB:

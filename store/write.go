@@ -332,7 +332,7 @@ func (s *Store) abandon(err error) error {
 }
 
 func explainOnce(doing string, err error) error {
-	for _, known := range [...]error{ErrDiskFull, ErrFileSize, ErrReadOnly, ErrDevice} {
+	for _, known := range [...]error{ErrDiskFull, ErrFileSize, ErrReadOnly, ErrDenied, ErrDevice} {
 		if errors.Is(err, known) {
 			return err
 		}

@@ -95,18 +95,24 @@ func openReader(ctx context.Context, dir, engine string) (*reader, error) {
 }
 
 func openStoreToRead(dir string) (*store.Store, error) {
-	if _, err := os.Stat(dir); err != nil {
-		hint := "name the store with --store or DMI_STORE"
-		if errors.Is(err, fs.ErrPermission) {
-			hint = "run as the user who owns it"
-		}
-		return nil, &exitError{exitStore, fmt.Errorf("open the store %s: %w; %s", absolute(dir), err, hint)}
+	if _, err := os.Stat(dir); errors.Is(err, fs.ErrPermission) {
+		return nil, unopened(fmt.Errorf("open the store %s: %w", absolute(dir), err))
+	} else if err != nil {
+		return nil, unopened(fmt.Errorf("open the store %s: %w; name the store with --store or DMI_STORE", absolute(dir), err))
 	}
 	s, err := store.OpenReadOnly(dir)
 	if err != nil {
-		return nil, &exitError{exitStore, err}
+		return nil, unopened(err)
 	}
 	return s, nil
+}
+
+// unopened is what opening a store, or a file of it, ended with; it says what to do where this user may not.
+func unopened(err error) error {
+	if errors.Is(err, fs.ErrPermission) && !errors.Is(err, store.ErrDenied) {
+		err = fmt.Errorf("%w: %w", err, store.ErrDenied)
+	}
+	return &exitError{exitStore, err}
 }
 
 func absolute(path string) string {

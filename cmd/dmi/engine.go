@@ -143,10 +143,10 @@ func (e *engine) open() (err error) {
 		storing.FS = diskOf(e.dir)
 	}
 	if e.store, err = store.Open(e.dir, storing); err != nil {
-		return &exitError{exitStore, err}
+		return unopened(err)
 	}
 	if e.token, err = serve.AdminToken(filepath.Join(e.dir, "token")); err != nil {
-		return err
+		return unopened(err)
 	}
 	if err = e.openAudit(); err != nil {
 		return err
@@ -154,7 +154,7 @@ func (e *engine) open() (err error) {
 	e.names.Store = e.store
 	e.watch = trigger.New(trigger.Options{Names: e.names, Event: e.tellOf, Promote: func(f trigger.Firing) { e.helm.Promote(f) }})
 	if e.helm, e.ledger, err = openHelm(e.dir, e.store, e.names, e.watch, e.tell); err != nil {
-		return &exitError{exitStore, err}
+		return unopened(err)
 	}
 	e.lookout = newLookout(e)
 	o.Store, o.Live, o.Attached, o.Audit, o.Policy, o.Troubles = e.store, e.hub, e.attached, e.audit, e.helm, e.troubles
@@ -178,7 +178,7 @@ func (e *engine) openAudit() (err error) {
 	}
 	e.audit, err = audit.Open(vfs.OS{}, absolute(dir), audit.Options{FileBytes: int64(c.FileMiB) << 20, Files: c.Files, Engine: e.said.EngineID, Tell: e.tell})
 	if err != nil {
-		return &exitError{exitStore, err}
+		return unopened(err)
 	}
 	return nil
 }
@@ -266,7 +266,7 @@ func (e *engine) listenRemote() error {
 	var err error
 	if e.token == "" { // reading only: the store's token, where there is one
 		if e.token, err = serve.AdminToken(filepath.Join(e.dir, "token")); err != nil {
-			return err
+			return unopened(err)
 		}
 	}
 	if err := tokens.Add(e.token, serve.ScopeAdmin, "store"); err != nil {

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 import subprocess
+import tempfile
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -159,3 +163,61 @@ def test_the_copy_of_a_live_store_is_a_store_of_its_own(tmp_path: Path) -> None:
         assert len(json.loads(listed.stdout)) == 1
     stop(original)
     stop(copy)
+
+
+NOBODY = 65534
+
+
+@contextlib.contextmanager
+def bound_by_permissions() -> Iterator[None]:
+    """As another user where this is root, whom permissions do not bind."""
+    if os.geteuid() != 0:
+        yield
+        return
+    try:
+        os.setegid(NOBODY)
+        os.seteuid(NOBODY)
+    except OSError as error:
+        os.setegid(0)
+        pytest.skip(f"root here may not become another user, and permissions do not bind root: {error}")
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+
+
+def test_a_store_that_may_not_be_read() -> None:
+    model = llama()
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are closed to others
+        store, hidden = Path(folder) / "s", Path(folder) / "closed" / "s"
+        with dmi.attach(model, "tokens", store=store) as session, torch.no_grad():
+            model(prompts())
+            requests = list(session.requests)
+        stop(store)
+        hidden.parent.mkdir()
+        shutil.copytree(store, hidden)
+        with dmi.open(store) as opened:
+            assert opened.cache().requests == requests
+        if os.geteuid() == 0:
+            for path in (Path(folder), *Path(folder).rglob("*")):
+                os.chown(path, NOBODY, NOBODY)
+        with bound_by_permissions():
+            try:
+                subprocess.run([engine.binary(), "version"], check=True, capture_output=True)
+            except PermissionError as error:
+                pytest.skip(f"permissions do not bind root, and another user may not run the engine of this checkout: {error}")
+            with dmi.open(store) as opened:
+                assert opened.cache().requests == requests
+            hidden.parent.chmod(0)
+            store.chmod(0)
+            for path in (store, hidden):
+                with pytest.raises(dmi.EngineError, match=f"(?s)open.*{path}.*ermission denied.*run as the user who owns it") as refused:
+                    dmi.open(path)
+                assert refused.value.code == "store"
+                with pytest.raises(dmi.EngineError, match=f"{path}.*ermission denied.*(is the folder yours|give another folder)"):
+                    dmi.attach(model, "tokens", store=path)
+            hidden.parent.chmod(0o700)
+            store.chmod(0o700)
+        with dmi.open(store) as opened:
+            assert opened.cache().requests == requests

@@ -15,6 +15,7 @@ import os
 import select
 import shutil
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -155,8 +156,15 @@ def join_or_start(store: str | os.PathLike[str]) -> Engine:
 def start_own(store: str | os.PathLike[str], *, read_only: bool = False) -> Engine:
     """An engine of our own, which ends when we do. Raises EngineError."""
     folder = Path(store).absolute()
-    if read_only and not folder.is_dir():
-        raise EngineError(f"open the store {folder}: no such folder; give the one that a session was attached with as store=", code="store")
+    if read_only:
+        try:
+            there = stat.S_ISDIR(folder.stat().st_mode)
+        except PermissionError as error:
+            raise EngineError(f"open the store {folder}: {error.strerror}; run as the user who owns it", code="store") from error
+        except OSError:
+            there = False
+        if not there:
+            raise EngineError(f"open the store {folder}: no such folder; give the one that a session was attached with as store=", code="store")
     return _start(folder, ["--read-only"] if read_only else [], detached=False)
 
 
