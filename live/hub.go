@@ -6,6 +6,7 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"dmi/tensor"
 )
@@ -22,6 +23,8 @@ type Names interface {
 	SessionID(number uint32) (string, bool)
 	Sites(session uint32) ([]tensor.Site, error)
 	RequestID(key tensor.RequestKey) (string, bool)
+	// Introduced waits for a request to be told whose rows came at a time, and not for ever: rows and names come by two ways. It is not called while publishing.
+	Introduced(key tensor.RequestKey, came time.Time) (string, bool)
 }
 
 // Options bound a hub. Zero fields take the default.
@@ -108,7 +111,28 @@ func (h *Hub) Publish(session uint32, chunks []tensor.Chunk) {
 func (h *Hub) frame(session uint32, c tensor.Chunk) *Frame {
 	site, _ := h.site(session, c.Site)
 	c.Data = slices.Clone(c.Data)
-	return &Frame{Session: h.session(session), Request: h.request(c.Key), Site: site, Chunk: c}
+	f := &Frame{Session: h.session(session), Request: h.request(c.Key), Site: site, Chunk: c}
+	if f.Request == "" {
+		f.came = time.Now()
+	}
+	return f
+}
+
+// introduce waits for the name of a frame's request, which was not known when it was published.
+func (h *Hub) introduce(f *Frame) {
+	h.mu.Lock()
+	if !f.introduced {
+		if f.Request = h.request(f.Chunk.Key); f.Request == "" {
+			h.mu.Unlock()
+			id, _ := h.names.Introduced(f.Chunk.Key, f.came)
+			h.mu.Lock()
+			if !f.introduced { // by another subscriber
+				f.Request = id
+			}
+		}
+		f.introduced = true
+	}
+	h.mu.Unlock()
 }
 
 // site looks a site up, again where the session has published more since.

@@ -29,6 +29,7 @@ func (world) Sites(session uint32) ([]tensor.Site, error) {
 func (world) RequestID(k tensor.RequestKey) (string, bool) {
 	return fmt.Sprintf("r%d.%d", k.Session, k.Request), true
 }
+func (w world) Introduced(k tensor.RequestKey, _ time.Time) (string, bool) { return w.RequestID(k) }
 
 func floats(values ...float32) []byte {
 	var data []byte
@@ -112,6 +113,83 @@ func TestSubscribersGetWhatTheyAskedFor(t *testing.T) {
 }
 
 // Whoever is slow loses the oldest, is told exactly how much, and holds nobody up.
+// late is a world whose requests are told when the test says so.
+type late struct {
+	world
+	told  chan struct{} // closed: from here on they are known
+	asked chan struct{} // that somebody waits
+	never bool          // they stay unknown
+}
+
+func (l *late) RequestID(k tensor.RequestKey) (string, bool) {
+	select {
+	case <-l.told:
+		if !l.never {
+			return l.world.RequestID(k)
+		}
+	default:
+	}
+	return "", false
+}
+
+func (l *late) Introduced(k tensor.RequestKey, came time.Time) (string, bool) {
+	if came.IsZero() || time.Since(came) < 0 {
+		panic("a frame that came at no time")
+	}
+	l.asked <- struct{}{}
+	<-l.told
+	return l.RequestID(k)
+}
+
+// Rows may overtake what is said of their request: publishing does not wait for it, who reads does.
+func TestRowsThatOvertakeTheirRequestHaveItsName(t *testing.T) {
+	for _, never := range []bool{false, true} {
+		l := &late{told: make(chan struct{}), asked: make(chan struct{}, 16), never: never}
+		h := NewHub(l, Options{})
+		filters := []Filter{{}, {}, {Request: "r1.7"}, {Request: "r1.8"}}
+		got := make([]chan []string, len(filters))
+		for i, f := range filters {
+			s, err := h.Subscribe(f)
+			if err != nil {
+				t.Fatal(err)
+			}
+			got[i] = make(chan []string, 1)
+			go func() {
+				var names []string
+				for {
+					batch, err := s.Next(context.Background())
+					if err != nil {
+						got[i] <- names
+						return
+					}
+					for _, f := range batch.Frames {
+						names = append(names, f.Request)
+					}
+				}
+			}()
+		}
+		row := []float32{1, 2}
+		h.Publish(1, []tensor.Chunk{chunk(1, 7, 0, 0, row), chunk(1, 8, 0, 0, row)}) // nobody has said who they are
+		select {
+		case <-l.asked:
+		case <-time.After(30 * time.Second):
+			t.Error("nobody waits for their names")
+		}
+		close(l.told)
+		h.Publish(1, []tensor.Chunk{chunk(1, 7, 0, 1, row)})
+		h.Close()
+		want := [][]string{{"r1.7", "r1.8", "r1.7"}, {"r1.7", "r1.8", "r1.7"}, {"r1.7", "r1.7"}, {"r1.8"}}
+		if never {
+			want = [][]string{{"", "", ""}, {"", "", ""}, nil, nil}
+		}
+		for i := range filters {
+			if names := <-got[i]; !slices.Equal(names, want[i]) {
+				t.Errorf("never told %v, %+v: %q, want %q", never, filters[i], names, want[i])
+			}
+		}
+	}
+}
+
 func TestSlowSubscriberLosesTheOldestAndIsTold(t *testing.T) {
 	h := NewHub(world{}, Options{QueueFrames: 10})
 	defer h.Close()

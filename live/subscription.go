@@ -3,6 +3,7 @@ package live
 import (
 	"context"
 	"sync"
+	"time"
 
 	"dmi/tensor"
 )
@@ -17,9 +18,12 @@ type Filter struct {
 // Frame is a chunk on its way to subscribers, which share it: nothing of it may be changed.
 type Frame struct {
 	Session string
-	Request string
+	Request string // "": nobody ever said
 	Site    tensor.Site
 	Chunk   tensor.Chunk
+
+	came       time.Time // before its request was told; zero: after
+	introduced bool      // Request does not change any more. Under the hub's lock
 
 	once sync.Once
 	rows []tensor.Statistics
@@ -43,6 +47,7 @@ type Subscription struct {
 	hub    *Hub
 	filter Filter
 	queue  *queue[*Frame]
+	lost   uint64 // rows that Next has yet to tell of
 
 	// Under the hub's lock.
 	matches map[uint32][]match // by session and site
@@ -70,10 +75,29 @@ func (h *Hub) Subscribe(f Filter) (*Subscription, error) {
 	return s, nil
 }
 
-// Next waits for what comes next. Errors: ctx's, or ErrClosed once everything was read.
+// Next waits for what comes next, and for the names of requests whose rows came before those. Errors: ctx's, or ErrClosed once everything was read.
 func (s *Subscription) Next(ctx context.Context) (Batch, error) {
-	frames, dropped, err := s.queue.take(ctx)
-	return Batch{frames, dropped}, err
+	for {
+		frames, dropped, err := s.queue.take(ctx)
+		if err != nil {
+			return Batch{}, err
+		}
+		s.lost += dropped
+		wanted := frames[:0]
+		for _, f := range frames {
+			if !f.came.IsZero() {
+				s.hub.introduce(f)
+			}
+			if s.filter.Request == "" || s.filter.Request == f.Request {
+				wanted = append(wanted, f)
+			}
+		}
+		if len(wanted) > 0 {
+			lost := s.lost
+			s.lost = 0
+			return Batch{wanted, lost}, nil
+		}
+	}
 }
 
 // Close ends the subscription. It may be called more than once.
@@ -106,5 +130,9 @@ func (s *Subscription) wants(h *Hub, session uint32, c *tensor.Chunk) bool {
 			matches[c.Site] = yes
 		}
 	}
-	return matches[c.Site] == yes && (s.filter.Request == "" || s.filter.Request == h.request(c.Key))
+	if matches[c.Site] != yes || s.filter.Request == "" {
+		return matches[c.Site] == yes
+	}
+	id := h.request(c.Key)
+	return id == "" || id == s.filter.Request // of one that is not told yet Next decides
 }

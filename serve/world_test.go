@@ -45,6 +45,9 @@ func (n sampleNames) RequestID(k tensor.RequestKey) (string, bool) {
 	}
 	return n.Requests[k.Request].ID, true
 }
+func (n sampleNames) Introduced(k tensor.RequestKey, _ time.Time) (string, bool) {
+	return n.RequestID(k)
+}
 
 func newWorld(t *testing.T) *served {
 	t.Helper()

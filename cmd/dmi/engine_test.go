@@ -37,6 +37,7 @@ func TestMain(m *testing.M) {
 	if os.Getenv(asCommand) != "" {
 		main()
 	}
+	introduction = patience // where everything is slow, so may be who reads the socket
 	goleak.VerifyTestMain(m)
 }
 

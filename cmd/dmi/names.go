@@ -3,6 +3,7 @@ package main
 import (
 	"slices"
 	"sync"
+	"time"
 
 	"dmi/policy"
 	"dmi/store"
@@ -21,6 +22,9 @@ type recorder struct {
 	choices  map[[3]string]*policy.Choice
 }
 
+// introduction bounds how long the name of a request is waited for. It is on the socket before its first row is in the ring, but who reads the socket may be slower than who drains the ring.
+var introduction = time.Second // tests are more patient
+
 // named is what is remembered of a request: its id, the tags that rules may ask for, its own and its run's, and what it asks for itself.
 type named struct {
 	id     string
@@ -28,7 +32,7 @@ type named struct {
 	choice *policy.Choice
 }
 
-// requestsNamed bounds the request ids remembered: those that began longest ago are forgotten first, and stream without an id if they still do.
+// requestsNamed bounds the request ids remembered: those that began longest ago are forgotten first, and stream a second late and without an id if they still do.
 const requestsNamed = 1 << 17
 
 // newRecorder makes a recorder whose store is set before the first producer comes.
@@ -136,6 +140,40 @@ func (r *recorder) RequestID(key tensor.RequestKey) (string, bool) {
 	defer r.mu.RUnlock()
 	q, known := r.requests[key]
 	return q.id, known
+}
+
+// Introduced, with those, is live.Names: RequestID of one whose rows came at a time, and may be about to be told.
+func (r *recorder) Introduced(key tensor.RequestKey, came time.Time) (string, bool) {
+	for {
+		over := time.Since(came) >= introduction // before the last look, however late this goroutine comes to it
+		if id, known := r.RequestID(key); known || over {
+			return id, known
+		}
+		time.Sleep(time.Millisecond)
+	}
+}
+
+// introducing is trigger.Names: what a trigger tells of has its request's name. Who was waited for in vain is not waited for again.
+type introducing struct {
+	*recorder
+	mu   sync.Mutex
+	vain map[tensor.RequestKey]bool
+}
+
+func (r *introducing) RequestID(key tensor.RequestKey) (string, bool) {
+	id, known := r.recorder.RequestID(key)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if known || r.vain[key] {
+		return id, known
+	}
+	if id, known = r.Introduced(key, time.Now()); !known {
+		if len(r.vain) >= requestsNamed {
+			clear(r.vain)
+		}
+		r.vain[key] = true
+	}
+	return id, known
 }
 
 // PolicyRequest is steer.Requests.
