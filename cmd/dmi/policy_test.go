@@ -3,6 +3,9 @@
 package main
 
 import (
+	"io"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
@@ -90,15 +93,26 @@ func TestPolicyCommands(t *testing.T) {
 	}
 }
 
-// A trigger is told of at every door: its count, its events, the request that it promotes.
+// A trigger is told of at every door: its counts, its events, the log, whom it posts to, though not at the first try, and the request that it promotes.
 func TestTriggerCommands(t *testing.T) {
+	posted := make(chan string, 8)
+	var asked atomic.Int32
+	door := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if asked.Add(1) == 1 {
+			http.Error(w, "not now", http.StatusServiceUnavailable)
+			return
+		}
+		text, _ := io.ReadAll(r.Body)
+		posted <- string(text)
+	}))
+	defer door.Close()
 	dir := storeDir(t)
-	e := mustStart(t, dir)
+	e := mustStart(t, dir, "admin.address", "127.0.0.1:0")
 	p := newProducer(t, "s00000001", ring.ModeBestEffort)
 	p.must(p.attach(e.Control, "", false))
 	file := filepath.Join(t.TempDir(), "policy.yaml")
 	// The mean of a row is 4 * position + 1.75: above 41.5 from position 10 on.
-	if err := os.WriteFile(file, []byte("triggers:\n- {name: late, hooks: resid_post, cooldown: 1h, when: {statistic: mean, above: 41.5}, promote: '**'}\n"), 0o600); err != nil {
+	if err := os.WriteFile(file, []byte("triggers:\n- {name: late, hooks: resid_post, cooldown: 1h, when: {statistic: mean, above: 41.5}, promote: '**', webhook: '"+door.URL+"'}\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	mustDMI(t, "policy", "set", file, "--store", dir)
@@ -114,6 +128,41 @@ func TestTriggerCommands(t *testing.T) {
 	if out := mustDMI(t, "policy", "watch", "--count", "3", "--store", dir); !strings.Contains(out, "late: request "+p.request()+", position 10") || !strings.Contains(out, "promoted: late") {
 		t.Error(out)
 	}
+	firing := jsonOf[map[string]any](t, <-posted)
+	if firing["trigger"] != "late" || firing["request"] != p.request() || firing["position"] != 10.0 || firing["value"] != 41.75 || asked.Load() != 2 {
+		t.Errorf("%d tries: %v", asked.Load(), firing)
+	}
+	waitFor(t, func() bool { return measured(t, e, `dmi_webhook_deliveries_total{outcome="delivered"}`) == "1" })
+	for metric, want := range map[string]string{`dmi_trigger_rows_total{trigger="late"}`: "5", `dmi_trigger_firings_total{trigger="late"}`: "1", `dmi_webhook_deliveries_total{outcome="failed"}`: "0"} {
+		if got := measured(t, e, metric); got != want {
+			t.Errorf("%s is %q, want %s", metric, got, want)
+		}
+	}
+	p.bye()
+	e.end(t)
+	if log := e.log.String(); !strings.Contains(log, "late: request "+p.request()+", position 10") {
+		t.Errorf("the log does not tell of the firing:\n%s", log)
+	}
+}
+
+// measured is a metric's value, as its text says; "" where there is none.
+func measured(t testing.TB, e *running, metric string) string {
+	t.Helper()
+	answer, err := http.Get(e.Admin + "/metrics")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer answer.Body.Close()
+	text, err := io.ReadAll(answer.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(text)) {
+		if value, is := strings.CutPrefix(line, metric+" "); is {
+			return strings.TrimSpace(value)
+		}
+	}
+	return ""
 }
 
 // The governor lowers what exceeds a budget, says so, and restores it when the traffic has become less; a session in complete mode is left alone.
@@ -137,7 +186,7 @@ func TestGovernorHoldsBudgets(t *testing.T) {
 
 func testBudget(t *testing.T, budget, level string, restores bool) {
 	dir := storeDir(t)
-	e := mustStart(t, dir, "store.flush_age_ms", "50")
+	e := mustStart(t, dir, "store.flush_age_ms", "50", "admin.address", "127.0.0.1:0")
 	p, patient := newProducer(t, "s00000001", ring.ModeBestEffort), newProducer(t, "s00000002", ring.ModeComplete)
 	p.must(p.attach(e.Control, "", false))
 	patient.must(patient.attach(e.Control, "", false))
@@ -174,6 +223,11 @@ func testBudget(t *testing.T, budget, level string, restores bool) {
 	}
 	if out := mustDMI(t, "policy", "watch", "--count", "2", "--store", dir); !strings.Contains(out, "governor") {
 		t.Error(out)
+	}
+	if level == "off" { // it stays there
+		if n := measured(t, e, "dmi_policy_lowered_rules"); n == "" || n == "0" {
+			t.Errorf("dmi_policy_lowered_rules is %q", n)
+		}
 	}
 	if gate := patient.Mem[patient.Header.GatesOffset]; gate != ring.LevelFull {
 		t.Errorf("a session in complete mode has its gate at %d", gate)
