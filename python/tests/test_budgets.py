@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 import dmi
-from sessions import alive, engine_pid, llama, prompts, until
+from sessions import alive, balanced, engine_pid, llama, prompts, until
 
 HOOK = "blocks.*.hook_resid_post"
 MIB = 1 << 20
@@ -85,3 +86,28 @@ def test_a_policy_bounds_what_the_store_keeps(tmp_path: Path, monkeypatch: pytes
         assert session.cache(request=session.requests[-1])["resid_post", 0].shape[0] == 30
         log = (tmp_path / "s" / "engine.log").read_text()
         assert f"the store keeps {bound} bytes" in log
+
+
+def test_a_policy_bounds_how_long_rows_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DMI_STORE_SEGMENT_AGE_S", "1")
+    monkeypatch.setenv("DMI_STORE_FLUSH_AGE_MS", "10")
+    monkeypatch.setenv("DMI_STORE_TIDY_EVERY_S", "0.1")
+    model = llama()
+    with dmi.attach(model, HOOK, store=tmp_path / "s") as session, torch.no_grad():
+        model(prompts(2, 30), use_cache=False)
+        session.flush()
+        rows = 2 * 30 * len(session.sites)
+        time.sleep(2.5)  # nothing goes by itself
+        assert session.coverage()["expired"] == 0
+        session.policy.set("budgets: {retain_age: 1s}\n")
+        until(lambda: session.coverage()["expired"] == rows)
+        with pytest.raises(dmi.IncompleteError, match="expired"):
+            session.cache(request=session.requests[0])["resid_post", 0]
+        until(lambda: "the store keeps" in (tmp_path / "s" / "engine.log").read_text())
+        session.policy.set("budgets: {retain_age: 720h}\n")
+        model(prompts(2, 30), use_cache=False)
+        session.flush()
+        time.sleep(2.5)
+        assert session.cache(request=session.requests[-1])["resid_post", 0].shape[0] == 30
+        books = session.coverage()
+        assert (books["expired"], books["rows"]) == (rows, 2 * rows) and balanced(books)
