@@ -6,7 +6,10 @@ from __future__ import annotations
 import os
 import random
 import threading
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -16,6 +19,7 @@ import dmi
 from sessions import balanced, llama, plainly, prompts, until
 
 CHANGES = int(os.environ.get("DMI_POLICY_CHANGES", "400"))
+PRESSED = max(3, CHANGES // 200)
 SITES = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
 Document = dict[str, Any]
 
@@ -40,7 +44,7 @@ def draw(choose: random.Random, bounds: list[float]) -> Document:
     return document
 
 
-def level(document: Document, site: str, request: str, position: int, prompt: int) -> str:
+def level(document: Document, site: str, request: str, position: int, prompt: int, lowered: Mapping[str, str]) -> str:
     windows = {"prompt[-1]": position == prompt - 1, "generated[:1]": position == prompt, "all[1:4]": 1 <= position < 4, "all[::2]": position % 2 == 0,
                "prompt": position < prompt}  # fmt: skip
     for rule in document["rules"]:
@@ -52,13 +56,13 @@ def level(document: Document, site: str, request: str, position: int, prompt: in
             and ("ids" not in wanted or request.endswith(wanted["ids"][-1]))
             and wanted.get("tags", ["here"]) == ["here"]
         ):
-            return str(rule["level"])
-    return str(document["default"])
+            return lowered.get(rule.get("name", ""), str(rule["level"]))
+    return lowered.get("default", str(document["default"]))
 
 
-def kept(document: Document, site: str, request: str, position: int, prompt: int) -> str:
-    """The level at which a row is captured; "" where it is not."""
-    found = level(document, site, request, position, prompt)
+def kept(document: Document, site: str, request: str, position: int, prompt: int, lowered: Mapping[str, str] = MappingProxyType({})) -> str:
+    """The level at which a row is captured; "" where it is not. `lowered`: rules below their own level, as the governor has them."""
+    found = level(document, site, request, position, prompt, lowered)
     if found.startswith("sampled"):
         found = "full" if position % int(found[-1]) == 0 else "off"
     return "" if found == "off" else found
@@ -151,3 +155,125 @@ def test_random_changes_under_a_running_model(tmp_path: Path) -> None:
         assert len(seen) > min(len(requests), CHANGES) / 20 and 0 < full < rows and reduced > 0 and (by_trigger > 0 or rows < 1000) and (greatest > 0 or rows < 1000)
         print(f"{CHANGES} changes; {len(seen)} revisions met {rows} rows of {len(requests)} requests, of which {full} were captured in full, {by_trigger} of them for a trigger, and {reduced} at lower levels, {greatest} of those with their greatest elements")
         until(lambda: session.policy.get()["revision"]["revision"] == max(in_force))
+
+
+LADDER = ["full", "fp8", "sampled/3", "stats", "off"]
+
+
+def draw_pressed(choose: random.Random, bounds: list[float], number: int, demand: float) -> Document:
+    """A document whose budget the traffic's demand in bytes a second exceeds by far, with rows that triggers keep. Rules that may be lowered share all rows out, so that each has some to give."""
+    rules: list[Document] = []
+    for site in SITES:
+        for phase in choose.choice([["prefill", "decode"], [None]]):
+            own = choose.randrange(4)
+            rule: Document = {"hooks": site, "level": LADDER[own], "priority": choose.randrange(3), "degrade": [rung for rung in LADDER[own + 1 : -1] if choose.random() < 0.6]}
+            rule["degrade"] += ["off"] if not rule["degrade"] or choose.random() < 0.8 else []
+            rules.append(rule | ({"phase": phase} if phase else {}))
+    choose.shuffle(rules)
+    if choose.random() < 0.6:  # before them one that nothing lowers
+        rules.insert(0, {"level": choose.choice(["full", "int8", "stats+2", "off"]), "degrade": [], **choose.choice([{"requests": {"ids": "*.*0"}}, {"tokens": "prompt[-1]"}, {"tokens": "all[1:4]"}])})
+    for n, rule in enumerate(rules):
+        rule["name"] = f"{number}.{n}"
+    kept_of = choose.choice([[], SITES])
+    trigger = {"hooks": choose.choice(SITES), "when": {"statistic": "l2", "above": choose.choice(bounds)}, "keep": kept_of, "cooldown": "1h"}
+    return {"default": "off", "rules": rules, "triggers": [trigger], "budgets": {"disk_bytes_per_s": round(demand / choose.choice([10, 50]))}}
+
+
+def in_order(document: Document, lowered: Mapping[str, str]) -> bool:
+    """No rule is lowered before all of a lower priority are at the end of their ladders."""
+    rules = [rule for rule in document["rules"] if rule["degrade"]]
+    return all(
+        lowered.get(below["name"]) == below["degrade"][-1]
+        for above in rules if above["name"] in lowered
+        for below in rules if below["priority"] < above["priority"]
+    )  # fmt: skip
+
+
+def near(got: torch.Tensor, want: torch.Tensor, how: str) -> bool:
+    """As near as docs/format/policy.md says."""
+    most, apart = float(want.abs().max()), (got.double() - want.double()).abs()
+    if how == "int8":
+        return bool((apart <= most / 126 * 0.5001).all())
+    return bool((apart <= torch.maximum(want.double().abs() / 16, torch.tensor(most / 416 / 1024).double()) * 1.0001).all())
+
+
+def test_what_triggers_keep_while_overload_lowers_rules(tmp_path: Path) -> None:
+    """Both at once: budgets that the traffic exceeds, and triggers that keep rows of a step. Every row is what the revision of its books, with what that had lowered, makes of it; rules go down in
+    the order of their priorities; and with the traffic gone all are back."""
+    model = llama()
+    choose = random.Random(int(torch.randint(2**31, ())))
+    requests: dict[str, tuple[int, torch.Tensor]] = {}
+    documents: list[Document] = []
+    since: dict[int, Document] = {}  # by the revision that brought it in
+    with plainly(model.model.layers[0]) as first, plainly(model.model.layers[1]) as second, torch.no_grad(), \
+            dmi.attach(model, "blocks.*.hook_resid_post", store=tmp_path / "s", mode="best-effort") as session:  # fmt: skip
+
+        def forward() -> None:
+            first.clear()
+            second.clear()
+            batch, length = choose.randrange(1, 4), choose.randrange(1, 6)
+            out = model(prompts(batch, length), use_cache=True)
+            names = list(session.requests)[-batch:]
+            for _ in range(3):
+                out = model(prompts(batch, 1), use_cache=True, past_key_values=out.past_key_values)
+            values = torch.stack([torch.cat(first, dim=1), torch.cat(second, dim=1)])
+            requests.update({name: (length, values[:, row]) for row, name in enumerate(names)})
+
+        def lowered() -> dict[str, str]:
+            return dict(session.policy.get()["revision"]["lowered"])
+
+        def pressed(rounds: int) -> Iterator[dict[str, str]]:
+            """What is lowered, while the model runs."""
+            for _ in range(rounds):
+                forward()
+                yield lowered()
+
+        model(prompts(8, 8), use_cache=False)
+        bounds = [float(torch.stack([first[0], second[0]]).double().norm(dim=-1).quantile(q)) for q in (0.9, 0.99)]
+        ends = time.monotonic() + 60
+        while not (demand := session.policy.get()["rules"][-1]["bytes_per_s"]):  # what all of it costs in full
+            assert time.monotonic() < ends
+            forward()
+        requests.clear()
+        for number in range(PRESSED):
+            documents.append(draw_pressed(choose, bounds, number, demand))
+            since[session.policy.set(documents[-1])["revision"]["revision"]] = documents[-1]
+            ends, deepest = time.monotonic() + 60, 0
+            while deepest < 2:  # down, and down again
+                assert time.monotonic() < ends, f"the governor lowers nothing of {documents[-1]}"
+                deepest = max(deepest, *(sum(1 for _ in down) + sum(down[rule["name"]] != rule["degrade"][0] for rule in documents[-1]["rules"] if rule["name"] in down) for down in pressed(5)))
+            until(lambda: lowered() == {})  # nothing comes any more: nobody starves
+            forward()
+        session.flush()
+        revisions = {r["revision"]: r for r in session.policy.revisions()}
+        document_of = {number: since[revision["document"]] for number, revision in revisions.items() if revision["document"] in since}
+        for number, revision in revisions.items():
+            assert in_order(document_of[number], revision["lowered"]), (revision, document_of[number])
+        seen: dict[tuple[str, bool], int] = {}
+        names = list(requests)
+        for request in choose.sample(names, min(len(names), 300)):
+            prompt, values = requests[request]
+            cache = session.cache(request=request)
+            for index, site in enumerate(SITES):
+                for r in cache.coverage(site)["ranges"]:
+                    document, down = document_of[r["policy"]], revisions[r["policy"]]["lowered"]
+                    step = r.get("stride", 1)
+                    for position in range(r["first"], r["first"] + r["count"] * step, step):
+                        want = kept(document, site, request, position, prompt, down)
+                        by_trigger = want != "full" and triggered(document, index, position, prompt, values)
+                        want, _, _ = ("full" if by_trigger else want).partition("+")
+                        assert (r["level"] if r["outcome"] == "captured" else "") == want, (request, site, position, r, document, down)
+                        seen[(want, bool(down))] = seen.get((want, bool(down)), 0) + 1
+                        seen[("by trigger", bool(down))] = seen.get(("by trigger", bool(down)), 0) + by_trigger
+                        one, row = slice(position, position + 1), values[index, position]
+                        if want == "full":
+                            assert torch.equal(cache.get(site, tokens=one)[0], row), (request, site, position)
+                        else:
+                            with pytest.raises(dmi.IncompleteError):
+                                cache.get(site, tokens=one)
+                        if want in ("int8", "fp8"):
+                            assert near(cache.get(site, tokens=one, level="any")[0], row, want), (request, site, position)
+        books = session.coverage()
+        print(f"{len(documents)} documents, {len(revisions)} revisions, {len(requests)} requests; rows by level, and whether something was lowered: {seen}")
+    assert balanced(books)
+    assert seen[("by trigger", True)] > 0 and sum(n for (how, down), n in seen.items() if down and how in ("fp8", "stats", "")) > 0
