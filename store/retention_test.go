@@ -1,6 +1,8 @@
 package store
 
 import (
+	"os"
+	"path/filepath"
 	"testing"
 	"time"
 
@@ -65,18 +67,27 @@ func TestRetention(t *testing.T) {
 // TestRetentionByBytes runs by itself while a load is written.
 func TestRetentionByBytes(t *testing.T) {
 	o := small()
-	o.RetainMiB, o.TidyEvery, o.FlushAge, o.SegmentTensors = 2, 5*time.Millisecond, 5*time.Millisecond, 200
-	o.HeaderKiB = 64
-	s := mustOpen(t, t.TempDir(), o)
+	o.RetainMiB, o.TidyEvery, o.FlushAge, o.SegmentTensors = 2, 5*time.Millisecond, 5*time.Millisecond, 50
+	o.HeaderKiB = 256
+	dir := t.TempDir()
+	s := mustOpen(t, dir, o)
 	l, err := newLoad(t, s, seeded(t), "s0000000a")
 	must(t, err)
-	for i := range 300 {
+	for i := range 120 {
 		must(t, l.forward(uint64(i/50), uint64(6+i%3)))
 	}
 	must(t, l.barrier())
 	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(5 * time.Millisecond) {
 		m := s.Stats()
-		if m.SegmentBytes <= 2<<20 && m.RetiredSegments > 0 {
+		files, err := os.ReadDir(filepath.Join(dir, "segments"))
+		must(t, err)
+		bytes := int64(0)
+		for _, f := range files {
+			if info, err := f.Info(); err == nil { // else it was removed just now
+				bytes += info.Size()
+			}
+		}
+		if m.SegmentBytes <= 2<<20 && bytes <= 2<<20 && m.RetiredSegments > 0 {
 			break
 		}
 		if time.Now().After(deadline) {

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"time"
 
+	"dmi/internal/vfs"
 	"dmi/store/segment"
 	"dmi/tensor"
 )
@@ -84,6 +85,17 @@ func (s *Store) takeAhead() *openSegment {
 		return nil
 	}
 	return o
+}
+
+// openBytes is what segments have that are not sealed, and the one that is made ahead: its header's room and its first batch. With mu held.
+func (s *Store) openBytes() (bytes int64) {
+	for _, o := range s.open {
+		bytes += o.end
+	}
+	if s.beginning != 0 {
+		bytes += int64(s.opt.HeaderKiB)<<10 + vfs.Align
+	}
+	return bytes
 }
 
 // unmake removes a segment that was never the current one.

@@ -584,8 +584,8 @@ func (s *Store) Stats() Metrics {
 		m.SegmentBytes += uint64(g.bytes)
 		m.Chunks += uint64(g.chunks)
 	}
+	m.SegmentBytes += uint64(s.openBytes())
 	for _, o := range s.open {
-		m.SegmentBytes += uint64(o.end)
 		m.Chunks += uint64(o.count)
 	}
 	m.Streams, m.BufferBytes, m.BufferBound = len(s.buffer.byKey), uint64(s.buffer.held), uint64(s.opt.BufferMiB)<<20

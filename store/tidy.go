@@ -140,9 +140,7 @@ func (s *Store) outlived(now time.Time) []sealedSegment {
 		}
 		bytes += g.bytes
 	}
-	for _, o := range s.open {
-		bytes += o.end
-	}
+	bytes += s.openBytes()
 	s.mu.Unlock()
 	slices.SortFunc(all, func(a, b sealedSegment) int {
 		return cmp.Or(cmp.Compare(a.created, b.created), cmp.Compare(a.number, b.number))

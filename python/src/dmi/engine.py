@@ -301,10 +301,10 @@ def ready_line(pipe: int) -> dict[str, Any] | None:
 
 
 def why_ended(child: subprocess.Popen[bytes], log: Any, start: int) -> str:
-    """Why an engine is not ready: what it said last."""
+    """Why an engine is not ready: what it said last. One that has closed the pipe is about to end, which on a busy machine takes a while."""
     late = f"it was not ready within {READY_TIMEOUT_S:g} s; see engine.log in the store"
     try:
-        status = child.wait(1)
+        status = child.wait(10)
     except subprocess.TimeoutExpired:
         return late
     log.seek(start)
