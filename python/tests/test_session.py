@@ -342,6 +342,8 @@ def test_disabled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         session.cache()
     with pytest.raises(dmi.NotCapturedError):
         run.cache  # noqa: B018
+    with pytest.raises(dmi.NotCapturedError, match="policy: DMI_DISABLE"):
+        session.policy.off()
     assert not (tmp_path / "s").exists()
 
 

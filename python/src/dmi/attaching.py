@@ -38,6 +38,9 @@ class _Disabled(Session):
     def _cache_of(self, requests: Sequence[str], *, batch: bool) -> Cache:
         raise NotCapturedError("cache: DMI_DISABLE is set in the environment, so nothing is captured")
 
+    def _answering(self) -> Client:
+        raise NotCapturedError("policy: DMI_DISABLE is set in the environment, so nothing is captured, and no policy is in force")
+
     def cache(self, request: str | None = None) -> Cache:
         return self._cache_of([], batch=False)
 
