@@ -7,7 +7,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -176,7 +176,7 @@ def draw_pressed(choose: random.Random, bounds: list[float], number: int, demand
         rule["name"] = f"{number}.{n}"
     kept_of = choose.choice([[], SITES])
     trigger = {"hooks": choose.choice(SITES), "when": {"statistic": "l2", "above": choose.choice(bounds)}, "keep": kept_of, "cooldown": "1h"}
-    return {"default": "off", "rules": rules, "triggers": [trigger], "budgets": {"disk_bytes_per_s": round(demand / choose.choice([10, 50]))}}
+    return {"default": "off", "rules": rules, "triggers": [trigger], "budgets": {"disk_bytes_per_s": round(demand / choose.choice([50, 200]))}}
 
 
 def in_order(document: Document, lowered: Mapping[str, str]) -> bool:
@@ -203,7 +203,7 @@ def test_what_triggers_keep_while_overload_lowers_rules(tmp_path: Path) -> None:
     model = llama()
     choose = random.Random(int(torch.randint(2**31, ())))
     requests: dict[str, tuple[int, torch.Tensor]] = {}
-    documents: list[Document] = []
+    documents, under = list[Document](), list[str]()  # requests while rules were lowered
     since: dict[int, Document] = {}  # by the revision that brought it in
     with plainly(model.model.layers[0]) as first, plainly(model.model.layers[1]) as second, torch.no_grad(), \
             dmi.attach(model, "blocks.*.hook_resid_post", store=tmp_path / "s", mode="best-effort") as session:  # fmt: skip
@@ -222,14 +222,8 @@ def test_what_triggers_keep_while_overload_lowers_rules(tmp_path: Path) -> None:
         def lowered() -> dict[str, str]:
             return dict(session.policy.get()["revision"]["lowered"])
 
-        def pressed(rounds: int) -> Iterator[dict[str, str]]:
-            """What is lowered, while the model runs."""
-            for _ in range(rounds):
-                forward()
-                yield lowered()
-
         model(prompts(8, 8), use_cache=False)
-        bounds = [float(torch.stack([first[0], second[0]]).double().norm(dim=-1).quantile(q)) for q in (0.9, 0.99)]
+        bounds = [float(torch.stack([first[0], second[0]]).double().norm(dim=-1).quantile(q)) for q in (0.7, 0.95)]
         ends = time.monotonic() + 60
         while not (demand := session.policy.get()["rules"][-1]["bytes_per_s"]):  # what all of it costs in full
             assert time.monotonic() < ends
@@ -238,10 +232,14 @@ def test_what_triggers_keep_while_overload_lowers_rules(tmp_path: Path) -> None:
         for number in range(PRESSED):
             documents.append(draw_pressed(choose, bounds, number, demand))
             since[session.policy.set(documents[-1])["revision"]["revision"]] = documents[-1]
-            ends, deepest = time.monotonic() + 60, 0
-            while deepest < 2:  # down, and down again
+            ends = time.monotonic() + 60
+            while not lowered():
                 assert time.monotonic() < ends, f"the governor lowers nothing of {documents[-1]}"
-                deepest = max(deepest, *(sum(1 for _ in down) + sum(down[rule["name"]] != rule["degrade"][0] for rule in documents[-1]["rules"] if rule["name"] in down) for down in pressed(5)))
+                forward()
+            held = len(requests)
+            for _ in range(25):
+                forward()
+            under += list(requests)[held:]
             until(lambda: lowered() == {})  # nothing comes any more: nobody starves
             forward()
         session.flush()
@@ -250,8 +248,8 @@ def test_what_triggers_keep_while_overload_lowers_rules(tmp_path: Path) -> None:
         for number, revision in revisions.items():
             assert in_order(document_of[number], revision["lowered"]), (revision, document_of[number])
         seen: dict[tuple[str, bool], int] = {}
-        names = list(requests)
-        for request in choose.sample(names, min(len(names), 300)):
+        others = [name for name in requests if name not in set(under)]
+        for request in under + choose.sample(others, min(len(others), 200)):
             prompt, values = requests[request]
             cache = session.cache(request=request)
             for index, site in enumerate(SITES):
