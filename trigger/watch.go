@@ -61,8 +61,8 @@ type Options struct {
 const (
 	keptSessions  = 256
 	keptRequests  = 1 << 16
-	keptDocuments = 64
-	toldASecond   = 10 // firings of one trigger; more are counted
+	keptDocuments = 1024 // as many changes as a step may be behind
+	toldASecond   = 10   // firings of one trigger; more are counted
 )
 
 // Status is what a trigger has done since it came into force.
@@ -147,7 +147,7 @@ func (w *Watch) Use(s *Set, revision uint64) {
 func (w *Watch) past(document uint64, current *inForce) *inForce {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	for _, f := range w.before {
+	for _, f := range slices.Backward(w.before) {
 		if f.revision == document {
 			return f
 		}

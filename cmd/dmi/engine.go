@@ -24,7 +24,6 @@ import (
 	"dmi/serve/audit"
 	"dmi/steer"
 	"dmi/store"
-	"dmi/tensor"
 	"dmi/trigger"
 
 	"golang.org/x/net/netutil"
@@ -153,7 +152,7 @@ func (e *engine) open() (err error) {
 		return err
 	}
 	e.names.Store = e.store
-	e.watch = trigger.New(trigger.Options{Names: &introducing{recorder: e.names, vain: map[tensor.RequestKey]bool{}}, Event: e.tellOf, Promote: func(f trigger.Firing) { e.helm.Promote(f) }})
+	e.watch = trigger.New(trigger.Options{Names: &introducing{recorder: e.names, vain: map[uint32]bool{}}, Event: e.tellOf, Promote: func(f trigger.Firing) { e.helm.Promote(f) }})
 	if e.helm, e.ledger, err = openHelm(e.dir, e.store, e.names, e.watch, e.tell); err != nil {
 		return unopened(err)
 	}

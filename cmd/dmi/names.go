@@ -153,25 +153,25 @@ func (r *recorder) Introduced(key tensor.RequestKey, came time.Time) (string, bo
 	}
 }
 
-// introducing is trigger.Names: what a trigger tells of has its request's name. Who was waited for in vain is not waited for again.
+// introducing is trigger.Names: what a trigger tells of has its request's name. The session's pipeline waits meanwhile; one that was waited for in vain does not wait again.
 type introducing struct {
 	*recorder
 	mu   sync.Mutex
-	vain map[tensor.RequestKey]bool
+	vain map[uint32]bool // by session
 }
 
 func (r *introducing) RequestID(key tensor.RequestKey) (string, bool) {
 	id, known := r.recorder.RequestID(key)
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if known || r.vain[key] {
+	if known || r.vain[key.Session] {
 		return id, known
 	}
-	if id, known = r.Introduced(key, time.Now()); !known {
-		if len(r.vain) >= requestsNamed {
-			clear(r.vain)
-		}
-		r.vain[key] = true
+	r.mu.Unlock() // others do not wait with this one
+	id, known = r.Introduced(key, time.Now())
+	r.mu.Lock()
+	if !known {
+		r.vain[key.Session] = true
 	}
 	return id, known
 }
