@@ -45,6 +45,8 @@ type stream struct {
 	born    time.Time
 	place   *list.Element // in waiting; nil once it is not open
 	shared  bool          // a ChunkRef points here, and may do so for long
+	handed  bool          // its last part was given to a segment
+	batches int           // with parts of it that are not known to be in their file: two where it goes on in the next segment
 }
 
 // piece is rows that lie together. What lies beyond the length of data is free.
@@ -225,6 +227,9 @@ func (b *buffer) written(s *stream) {
 
 // unwritten puts back what could not be written, in its old order.
 func (b *buffer) unwritten() {
+	for _, s := range b.writing { // all of it is written again, wherever parts of it are
+		s.handed, s.batches = false, 0
+	}
 	b.ready = append(b.writing, b.ready...)
 	b.writing = nil
 }

@@ -1,6 +1,7 @@
 package store
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"flag"
@@ -8,11 +9,13 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
 
 	"dmi/internal/vfs"
+	"dmi/tensor"
 )
 
 var faults = flag.Int("faults", 1, "stores whose disk fails, hangs and is slow, by chance, twelve times")
@@ -288,5 +291,60 @@ func randomFaults(t *testing.T) {
 	l.check(s, all)
 	balanced(t, s, l.produced)
 	verified(t, s)
+	must(t, s.Close())
+}
+
+// TestFirstOfTwoSegmentsFails: rows of one request and site that are written together go on in the next segment where the first is full. When the first then cannot be written and the
+// next one can, none of them is durable, and none is lost.
+func TestFirstOfTwoSegmentsFails(t *testing.T) {
+	const rows, width = 64, 1024
+	mem := vfs.NewMem()
+	var failing atomic.Bool
+	mem.Fault = func(op, name string) error {
+		if failing.Load() && op == "write" && strings.Contains(name, "/00000001.") {
+			return syscall.EIO
+		}
+		return nil
+	}
+	o := small()
+	o.FS, o.Catalogue, o.SegmentTensors, o.FlushAge, o.SyncAge, o.TidyEvery = mem, catalogueFile(t), 20, time.Hour, time.Hour, time.Hour
+	s := mustOpen(t, "store", o)
+	session, err := s.BeginSession(tensor.Session{ID: "s00000001", Mode: "complete"})
+	must(t, err)
+	must(t, s.AddSites(session, []tensor.Site{{Name: "x"}, {ID: 1, Name: "y"}}))
+	key := tensor.RequestKey{Session: session, Request: 1}
+	add := func(site, first, n uint32) {
+		t.Helper()
+		var data []byte
+		for i := range n {
+			data = append(data, goldenRow(key, site, 0, first+i, width)...)
+		}
+		must(t, s.AppendChunk(tensor.Chunk{Key: key, Site: site, First: first, Rows: n, DType: tensor.U8, Shape: []int{width}, Data: data}))
+	}
+	add(1, 0, 1) // so that the first segment is there
+	must(t, s.Barrier(t.Context()))
+	failing.Store(true)
+	add(0, 0, rows)
+	if err := s.Barrier(t.Context()); !errors.Is(err, ErrDevice) {
+		t.Errorf("a barrier with half of the rows written: %v", err)
+	}
+	failing.Store(false)
+	must(t, s.Barrier(t.Context()))
+	refs, err := s.Chunks(key, 0, 0, rows)
+	must(t, err)
+	next := uint32(0)
+	for _, ref := range refs {
+		data := make([]byte, int(ref.Rows)*width)
+		must(t, s.ReadRows(ref, 0, ref.Rows, data))
+		for i := range ref.Rows {
+			if ref.First+i != next || !bytes.Equal(data[i*width:(i+1)*width], goldenRow(key, 0, 0, next, width)) {
+				t.Fatalf("row %d comes after row %d, or is another", ref.First+i, next)
+			}
+			next++
+		}
+	}
+	if next != rows {
+		t.Errorf("%d rows of %d", next, rows)
+	}
 	must(t, s.Close())
 }

@@ -214,14 +214,19 @@ func (s *Store) flush(now time.Time, everything bool) error {
 
 // writeBatch appends streams to the current segment, and to the next where it is full. They leave the buffer once they are in the file.
 func (s *Store) writeBatch(streams []*stream) error {
-	var whole []*stream // whose last part is in the batch
+	var in []*stream // with parts in the batch
 	end := func() error {
-		o, done := s.current, whole
-		whole = nil
+		o, parts := s.current, in
+		in = nil
 		if o.writer.Pending() == 0 {
 			return nil
 		}
-		return o.writer.EndBatch(func(chunks []segment.Chunk, end int64, err error) { s.wrote(o, done, chunks, end, err) })
+		s.mu.Lock()
+		for _, t := range parts {
+			t.batches++
+		}
+		s.mu.Unlock()
+		return o.writer.EndBatch(func(chunks []segment.Chunk, end int64, err error) { s.wrote(o, parts, chunks, end, err) })
 	}
 	next := func() error {
 		if err := end(); err != nil {
@@ -246,6 +251,9 @@ func (s *Store) writeBatch(streams []*stream) error {
 					return err
 				}
 				fits, err := s.current.writer.Append(c, request, site, data...)
+				if fits && (len(in) == 0 || in[len(in)-1] != t) {
+					in = append(in, t)
+				}
 				if fits || err != nil {
 					s.unsynced += bytes
 					s.makeAhead()
@@ -262,13 +270,16 @@ func (s *Store) writeBatch(streams []*stream) error {
 		if err != nil {
 			return err
 		}
-		whole = append(whole, t)
+		s.mu.Lock()
+		t.handed = true
+		s.mu.Unlock()
 	}
 	return end()
 }
 
-// wrote is called by the segment's goroutine when a batch is in the file, or is not going to be.
-func (s *Store) wrote(o *openSegment, whole []*stream, chunks []segment.Chunk, end int64, err error) {
+// wrote is called by the segment's goroutine when a batch is in the file, or is not going to be. A stream leaves the buffer when all batches with parts of it are: the segment that it
+// began in may fail while the next one, with its end, does not.
+func (s *Store) wrote(o *openSegment, parts []*stream, chunks []segment.Chunk, end int64, err error) {
 	if err != nil {
 		s.failed.Store(true)
 		s.poke()
@@ -286,8 +297,10 @@ func (s *Store) wrote(o *openSegment, whole []*stream, chunks []segment.Chunk, e
 	busy := o.writer.Busy()
 	s.metrics.WriteBusy += busy - o.busy
 	o.busy = busy
-	for _, t := range whole {
-		s.buffer.written(t)
+	for _, t := range parts {
+		if t.batches--; t.handed && t.batches == 0 {
+			s.buffer.written(t)
+		}
 	}
 	s.room.Broadcast()
 }
