@@ -164,7 +164,7 @@ func TestDisksThatBreak(t *testing.T) {
 		advises string // the event
 	}{
 		{"full", refuse(syscall.ENOSPC), "free space", map[string]float64{"dmi_store_failing": 1, "dmi_store_failures_total": 1}, "store_write", "free space"},
-		{"read-only", refuse(syscall.EROFS), "read-only", map[string]float64{"dmi_store_failing": 1, "dmi_store_failures_total": 1}, "store_write", "mounted read-only"},
+		{"read-only", refuse(syscall.EROFS), "read-only", map[string]float64{"dmi_store_failing": 1, "dmi_store_failures_total": 1}, "store_write", "mount the file system for writing"},
 		{"failing", refuse(syscall.EIO), "dmesg", map[string]float64{"dmi_store_failing": 1, "dmi_store_failures_total": 1}, "store_write", "dmesg"},
 		{"slow", func(<-chan struct{}) func() error {
 			return func() error { time.Sleep(250 * time.Millisecond); return nil }
