@@ -155,7 +155,7 @@ func TestEveryFaultIsTold(t *testing.T) {
 	const disks, killed, troubles = "cmd/dmi/disk_test.go TestDisksThatBreak", "test/faults_test.go TestWhatAKillCostIsTold", "test/troubles_test.go TestTroublesAreTold"
 	for _, f := range []struct{ fault, row, test, says string }{ // row: how the page's begins; says: what the test holds the message against
 		{"disk full", "disk full, read-only, failing", disks, "free space"},
-		{"disk read-only", "disk full, read-only, failing", disks, "mounted read-only"},
+		{"disk read-only", "disk full, read-only, failing", disks, "mount the file system for writing"},
 		{"disk failing", "disk full, read-only, failing", disks, "dmesg"},
 		{"disk slow", "disk slow", disks, "give the store a faster disk"},
 		{"disk hung", "disk hangs", disks, "iostat"},
