@@ -40,6 +40,7 @@ const (
 	passRecords  = 1024                  // of a lane, before other work gets its turn
 	laneEntries  = 8192                  // read and not handed on, or not released; then the lane waits
 	batchItems   = 512                   // handed over at once
+	fewItems     = 64                    // of a decode step: handed on without delay
 	manifestWait = 50 * time.Millisecond // between attempts to append
 )
 

@@ -2,6 +2,7 @@ package drain
 
 import (
 	"fmt"
+	"runtime"
 
 	"dmi/ring"
 	"dmi/tensor"
@@ -44,8 +45,12 @@ func (d *Drain) send() {
 	if len(d.batch) == 0 {
 		return
 	}
+	few := len(d.batch) < fewItems
 	d.out <- d.batch
 	d.batch = nil
+	if few { // whoever waits for them goes first: what is left to do here can wait, and they would wait for it where there is one processor
+		runtime.Gosched()
+	}
 }
 
 func (d *Drain) hand(l *lane, e *entry) {

@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"runtime"
 	"strings"
 	"time"
 
@@ -35,6 +36,10 @@ func serveCommand(o *options) *cobra.Command {
 			config, err := o.effective(c, serveFlags)
 			if err != nil {
 				return err
+			}
+			if runtime.GOMAXPROCS(0) == 1 && os.Getenv("GOMAXPROCS") == "" {
+				// Go takes a processor away from a goroutine that waits for the disk, but notices up to 10 ms later: an engine pinned to one core would do nothing meanwhile.
+				runtime.GOMAXPROCS(2)
 			}
 			ready := c.OutOrStdout()
 			if readyFD >= 0 {
