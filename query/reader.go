@@ -31,7 +31,8 @@ type plan struct {
 }
 
 const (
-	rowTile = 4 << 20 // bytes: rows that need no transposing are read in tiles of this, so that the first come early
+	rowTile   = 4 << 20  // bytes: rows that need no transposing are read in tiles of this, so that the first come early
+	readAhead = 16 << 20 // bytes that the disk is asked for before they are read
 )
 
 // Size is the bytes of the answer.
@@ -56,6 +57,7 @@ type Reader struct {
 	stored  []byte // the tile before conversion, where there is one
 	scratch []byte // stored rows on their way
 	row     []byte // one of them, decoded
+	hinted  int    // pieces that the disk has been asked for
 }
 
 func (r *Reader) Read(p []byte) (int, error) {
@@ -146,6 +148,7 @@ func (r *Reader) load(off int64) error {
 	} else {
 		rowTo = min(p.rows, row+cells)
 	}
+	defer r.hint(row, rowTo)()
 	stored := (outerTo - outer) * (rowTo - row) * cell
 	if l.as == l.dtype {
 		r.tile = resize(r.tile, stored)
@@ -165,6 +168,44 @@ func (r *Reader) load(off int64) error {
 	return nil
 }
 
+// hint has the disk fetch what rows [row, rowTo) are in, and some of what comes after them: beside whoever reads them, since asking takes the system about as long as
+// handing over what it has.
+func (r *Reader) hint(row, rowTo int) (asked func()) {
+	var refs []store.ChunkRef
+	ahead := 0
+	for i := r.plan.piece(row); i < len(r.plan.pieces); i++ {
+		piece := &r.plan.pieces[i]
+		if piece.at >= rowTo {
+			if ahead += int(piece.count) * rowBytes(piece.ref); ahead > readAhead {
+				break
+			}
+		}
+		if i >= r.hinted {
+			refs = append(refs, piece.ref)
+			r.hinted = i + 1
+		}
+	}
+	return willRead(r.plan.source, refs)
+}
+
+// willRead has the disk fetch chunks while the caller does something else; what it returns waits until they are asked for.
+func willRead(source Source, refs []store.ChunkRef) (asked func()) {
+	if len(refs) == 0 {
+		return func() {}
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		source.WillRead(refs)
+	}()
+	return func() { <-done }
+}
+
+// piece is the first that has rows from a row on.
+func (p *plan) piece(row int) int {
+	return sort.Search(len(p.pieces), func(i int) bool { return p.pieces[i].at+int(p.pieces[i].count) > row })
+}
+
 // readsAtOnce is how many chunks of a tile are read at a time, so that a disk has more than one to look for.
 const readsAtOnce = 8
 
@@ -181,8 +222,7 @@ func (r *Reader) pieces(reads *errgroup.Group, dst []byte, outer, outerTo, row, 
 	p, l := r.plan, r.plan.layout
 	cell := l.cell()
 	stride := (rowTo - row) * cell
-	first := sort.Search(len(p.pieces), func(i int) bool { return p.pieces[i].at+int(p.pieces[i].count) > row })
-	for _, piece := range p.pieces[first:] {
+	for _, piece := range p.pieces[p.piece(row):] {
 		if piece.at >= rowTo {
 			break
 		}

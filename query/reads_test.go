@@ -19,6 +19,7 @@ type meeting struct {
 	here    int
 	most    int
 	reads   int
+	hints   []store.ChunkRef
 	quorum  int
 	arrived chan struct{}
 }
@@ -43,6 +44,34 @@ func (m *meeting) ReadRows(ref store.ChunkRef, from, to uint32, dst []byte) erro
 		return fmt.Errorf("nobody else reads")
 	}
 	return m.Source.ReadRows(ref, from, to, dst)
+}
+
+func (m *meeting) WillRead(refs []store.ChunkRef) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.hints = append(m.hints, refs...)
+}
+
+// TestHints: the disk is asked for what a tile needs and for readAhead bytes after it, for each chunk once.
+func TestHints(t *testing.T) {
+	m := &meeting{}
+	p := plan{source: m}
+	for i := range 100 {
+		p.pieces = append(p.pieces, piece{ref: store.ChunkRef{Rows: 1 << 10, First: uint32(i) << 10, DType: tensor.U8, Shape: []int{1 << 10}}, count: 1 << 10, at: i << 10})
+	}
+	r := Reader{plan: &p}
+	for tile := range 25 {
+		r.hint(tile*4<<10, (tile+1)*4<<10)()
+		want := min(100, (tile+1)*4+readAhead>>20)
+		if len(m.hints) != want {
+			t.Fatalf("tile %d: %d chunks of a MiB are asked for, want %d", tile, len(m.hints), want)
+		}
+	}
+	for i, ref := range m.hints {
+		if ref.First != uint32(i)<<10 {
+			t.Errorf("chunk %d is asked for as number %d", ref.First>>10, i)
+		}
+	}
 }
 
 // TestChunksOfATileAreReadTogether: readsAtOnce of them, so that a tile of as many chunks takes the time of one, each once, and never more.
@@ -89,6 +118,9 @@ func TestChunksOfATileAreReadTogether(t *testing.T) {
 	must(err)
 	if !bytes.Equal(got.Bytes(), want) {
 		t.Error("other bytes")
+	}
+	if len(m.hints) != chunks {
+		t.Errorf("the disk was asked for %d chunks ahead, want %d", len(m.hints), chunks)
 	}
 	if m.most != readsAtOnce || m.reads != chunks {
 		t.Errorf("%d reads of %d chunks, %d at once; %d may be", m.reads, chunks, m.most, readsAtOnce)

@@ -21,6 +21,7 @@ type Source interface {
 	Sites(session uint32) ([]tensor.Site, error)
 	Chunks(key tensor.RequestKey, site uint32, from, to uint32) ([]store.ChunkRef, error)
 	ReadRows(ref store.ChunkRef, from, to uint32, dst []byte) error
+	WillRead(refs []store.ChunkRef) // a hint
 	Entries(key tensor.RequestKey) ([]tensor.Entry, error)
 	// As long as its mark is what it was before, what was read of a request's books holds, and of a run. 0: nothing may be kept.
 	MarkRequest(key tensor.RequestKey, run string) uint64

@@ -326,6 +326,8 @@ func (m *inMemory) ReadRows(ref store.ChunkRef, from, to uint32, dst []byte) err
 	return fmt.Errorf("no chunk %+v", ref)
 }
 
+func (m *inMemory) WillRead([]store.ChunkRef) {}
+
 func (m *inMemory) Entries(key tensor.RequestKey) ([]tensor.Entry, error) {
 	return m.books[key.Request], nil
 }

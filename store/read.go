@@ -254,6 +254,33 @@ func (s *Store) readRows(ref ChunkRef, from, to uint32, dst []byte) error {
 	return nil
 }
 
+// WillRead has the disk fetch the rows of chunks that are soon read, so that it works while those before them are checked and handed on. It waits for nothing, and what
+// cannot be had is told by ReadRows.
+func (s *Store) WillRead(refs []ChunkRef) {
+	var f vfs.File
+	var open uint64
+	for i := range refs {
+		ref := &refs[i]
+		if ref.entry == nil {
+			continue // in memory
+		}
+		if f == nil || ref.segment != open {
+			if f != nil {
+				f.Close()
+			}
+			var err error
+			if f, err = s.openSegmentFile(ref.segment); err != nil {
+				return
+			}
+			open = ref.segment
+		}
+		f.WillRead(ref.entry.Offset, ref.entry.Length)
+	}
+	if f != nil {
+		f.Close()
+	}
+}
+
 func (s *Store) readError(number uint64, err error) error {
 	if errors.Is(err, io.ErrUnexpectedEOF) {
 		err = fmt.Errorf("%w: %w", err, ErrCorrupt)

@@ -17,7 +17,7 @@ func greedy(s *store.Store, requests []tensor.RequestKey) (read *atomic.Int64, e
 	for i := range 8 {
 		all.Go(func() {
 			for n := i * 13; ctx.Err() == nil; n++ {
-				if readOne(s, requests[n%len(requests)], uint32(n%layers)) == nil { // retention may have taken it
+				if _, err := readOne(s, requests[n%len(requests)], uint32(n%layers)); err == nil { // retention may have taken it
 					read.Add(decoded * width)
 				}
 			}

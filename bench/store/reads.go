@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"sync/atomic"
 	"time"
 
@@ -104,19 +105,17 @@ func readStore(dir string, requests []tensor.RequestKey, what string, atMost flo
 	m := s.Stats()
 	bytes := int64(len(requests)) * layers * decoded * width
 	chunk := float64(bytes) / float64(m.Chunks)
-	goal := fmt.Sprintf("<= %.0f", atMost)
-	if atMost == 0 {
-		atMost = max(3, float64(decoded*width)/chunk)
-		goal = "<= max(3, bytes / achieved chunk)"
-	}
 	random := rand.New(rand.NewPCG(1, 1))
 	var counts, times []float64
+	asked := 0.0 // chunks that those who were asked for have, mean
 	for _, i := range random.Perm(len(requests))[:min(200, len(requests))] {
 		begun := time.Now()
 		counter.Store(0)
-		if err := readOne(s, requests[i], random.Uint32N(layers)); err != nil {
+		chunks, err := readOne(s, requests[i], random.Uint32N(layers))
+		if err != nil {
 			return nil, err
 		}
+		asked += float64(chunks) / float64(min(200, len(requests)))
 		counts, times = append(counts, float64(counter.Load())), append(times, 1e3*time.Since(begun).Seconds())
 	}
 	slices.Sort(counts)
@@ -124,6 +123,11 @@ func readStore(dir string, requests []tensor.RequestKey, what string, atMost flo
 	most, mean := counts[len(counts)-1], 0.0
 	for _, n := range counts {
 		mean += n / float64(len(counts))
+	}
+	goal := fmt.Sprintf("<= %.0f", atMost)
+	if atMost == 0 {
+		atMost = max(3, asked)
+		goal = "<= max(3, bytes / achieved chunk), " + strconv.FormatFloat(atMost, 'f', 2, 64)
 	}
 	if _, err := chill(dir); err != nil {
 		return nil, err
@@ -179,23 +183,23 @@ func readColumn(s *store.Store, want int64) (float64, error) {
 	return float64(read) / time.Since(begun).Seconds(), nil
 }
 
-// readOne reads all rows of a request at a site.
-func readOne(s *store.Store, key tensor.RequestKey, site uint32) error {
+// readOne reads all rows of a request at a site, and returns how many chunks they are in.
+func readOne(s *store.Store, key tensor.RequestKey, site uint32) (chunks int, err error) {
 	refs, err := s.Chunks(key, site, 0, decoded)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	rows := uint32(0)
 	b := make([]byte, decoded*width)
 	for _, ref := range refs {
 		n := int(ref.Rows) * ref.RowBytes()
 		if err := s.ReadRows(ref, 0, ref.Rows, b[:n]); err != nil {
-			return err
+			return 0, err
 		}
 		rows += ref.Rows
 	}
 	if rows != decoded {
-		return fmt.Errorf("request %d at site %d has %d rows, and %d were written", key.Request, site, rows, decoded)
+		return 0, fmt.Errorf("request %d at site %d has %d rows, and %d were written", key.Request, site, rows, decoded)
 	}
-	return nil
+	return len(refs), nil
 }

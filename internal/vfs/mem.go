@@ -358,6 +358,8 @@ func (f *memFile) Truncate(size int64) error {
 	return nil
 }
 
+func (f *memFile) WillRead(int64, int64) {}
+
 func (f *memFile) Sync() error {
 	f.fs.mu.Lock()
 	defer f.fs.mu.Unlock()

@@ -29,6 +29,8 @@ type File interface {
 	WriteAt(p []byte, off int64) (int, error)
 	Truncate(size int64) error
 	Size() (int64, error)
+	// WillRead has the system fetch bytes that are soon read, where it can. It does not wait for them, and says nothing of failures: reading them does.
+	WillRead(off, n int64)
 	Sync() error // data, and what is needed to find them again
 	Close() error
 	// Direct reports whether writes bypass the page cache.
