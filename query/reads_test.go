@@ -22,6 +22,8 @@ type meeting struct {
 	hints   []store.ChunkRef
 	quorum  int
 	arrived chan struct{}
+
+	together sync.Once // that they first were
 }
 
 func (m *meeting) ReadRows(ref store.ChunkRef, from, to uint32, dst []byte) error {
@@ -30,7 +32,7 @@ func (m *meeting) ReadRows(ref store.ChunkRef, from, to uint32, dst []byte) erro
 	m.reads++
 	m.most = max(m.most, m.here)
 	if m.here == m.quorum {
-		close(m.arrived)
+		m.together.Do(func() { close(m.arrived) })
 	}
 	m.mu.Unlock()
 	defer func() {
