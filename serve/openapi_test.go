@@ -379,7 +379,7 @@ func TestStreamsAreTheDocuments(t *testing.T) {
 	seen = 0
 	for len(frames) >= 8 {
 		head, body := binary.LittleEndian.Uint32(frames), binary.LittleEndian.Uint32(frames[4:])
-		if int(8+head+body) > len(frames) {
+		if int(8+head+body) > len(frames) || body == streamEnd {
 			break // cut off by us
 		}
 		if head > 0 {

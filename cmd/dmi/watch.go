@@ -180,14 +180,17 @@ func tailTensors(c *cobra.Command, o *options, r *reader, v url.Values, count in
 	var prefix [8]byte
 	for {
 		if _, err := io.ReadFull(answer.Body, prefix[:]); err != nil {
-			if err == io.EOF || c.Context().Err() != nil {
+			if c.Context().Err() != nil {
 				return nil
 			}
-			return fmt.Errorf("read /live/tensors: %w", err)
+			return fmt.Errorf("read /live/tensors: the stream broke off, since the engine has gone or this reader was too slow for it; start again: %w", err)
 		}
-		n := binary.LittleEndian.Uint32(prefix[:])
-		if n == 0 { // a sign of life
-			continue
+		n, body := binary.LittleEndian.Uint32(prefix[:]), binary.LittleEndian.Uint32(prefix[4:])
+		if n == 0 {
+			if body == 0 { // a sign of life
+				continue
+			}
+			return nil // the engine stops
 		}
 		if n > maxEventBytes {
 			return fmt.Errorf("read /live/tensors: a header of %d bytes", n)
@@ -195,7 +198,7 @@ func tailTensors(c *cobra.Command, o *options, r *reader, v url.Values, count in
 		header := make([]byte, n)
 		_, err := io.ReadFull(answer.Body, header)
 		if err == nil {
-			_, err = io.CopyN(io.Discard, answer.Body, int64(binary.LittleEndian.Uint32(prefix[4:])))
+			_, err = io.CopyN(io.Discard, answer.Body, int64(body))
 		}
 		if err != nil {
 			return fmt.Errorf("read /live/tensors: %w", err)
