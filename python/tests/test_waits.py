@@ -93,7 +93,7 @@ def test_best_effort_never_waits(fault: Callable[[Path], None], tmp_path: Path, 
 
 def test_the_wait_counter_is_honest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same measure in complete mode, where the thread does wait: as long as the producer says, and in as many calls at least."""
-    monkeypatch.setitem(native.Ring.__init__.__kwdefaults__, "spill_mib", 0.25)
+    monkeypatch.setitem(native.ring_options.__kwdefaults__, "spill_mib", 0.25)
     model, store = llama(), tmp_path / "s"
     with dmi.attach(model, RESIDUAL, store=store, ring_mib=0.25, staging_mib=0.25) as session, torch.no_grad():
         model(prompts(4, 32), use_cache=False)
