@@ -112,7 +112,6 @@ func TestSubscribersGetWhatTheyAskedFor(t *testing.T) {
 	}
 }
 
-// Whoever is slow loses the oldest, is told exactly how much, and holds nobody up.
 // late is a world whose requests are told when the test says so.
 type late struct {
 	world
@@ -190,6 +189,7 @@ func TestRowsThatOvertakeTheirRequestHaveItsName(t *testing.T) {
 	}
 }
 
+// Whoever is slow loses the oldest, is told exactly how much, and holds nobody up.
 func TestSlowSubscriberLosesTheOldestAndIsTold(t *testing.T) {
 	h := NewHub(world{}, Options{QueueFrames: 10})
 	defer h.Close()
