@@ -210,7 +210,7 @@ soak: setup $(VLLM)/.installed
 	$(call say,kills of engine, producer and compaction; the books of random traffic and faults: $(SOAK) of the published counts)
 	go test -count=1 -timeout 12h -v ./test -full $(SOAK) $(if $(filter 1,$(SOAK)),-figures ../bench/results)
 	$(call say,a crash at every write, every byte damaged; disks that fail and hang by chance)
-	go test -count=1 -timeout 12h -v -run 'TestCrash|TestEveryFlippedBit|TestTruncated|TestRandomFaults' ./store -crashes 0 -flips 0 -faults 100
+	go test -count=1 -timeout 12h -v -run 'TestCrash|TestEveryFlippedBit|TestTruncated|TestRandomFaults|TestFirstOfTwo' ./store -crashes 0 -flips 0 -faults 100
 	$(call say,random changes of the policy under a running model: 10000)
 	cd python && DMI_POLICY_CHANGES=10000 ../$(PY) -m pytest -s tests/test_policy_changes.py
 	$(call say,every family compiled by Inductor, in two dtypes; generate compiled in every order)

