@@ -46,7 +46,7 @@ type stream struct {
 	place   *list.Element // in waiting; nil once it is not open
 	shared  bool          // a ChunkRef points here, and may do so for long
 	handed  bool          // its last part was given to a segment
-	batches int           // with parts of it that are not known to be in their file: two where it goes on in the next segment
+	batches int           // with parts of it, ended or not, that are not known to be in their file: two where it goes on in the next segment
 }
 
 // piece is rows that lie together. What lies beyond the length of data is free.

@@ -49,16 +49,14 @@ func (s *Store) work() {
 		}
 		now := time.Now()
 		asked := stopping || (len(waiting) > 0 && now.Sub(s.lastSync) >= s.opt.GroupCommit)
-		if now.Before(s.retry) && !asked {
-			continue
-		}
-		if err := s.turn(now, asked, asked && slices.ContainsFunc(waiting, func(b *barrier) bool { return b.seal }), stopping); err != nil {
-			s.retry = now.Add(retryEvery)
+		if asked || !now.Before(s.retry) {
+			err := s.turn(now, asked, asked && slices.ContainsFunc(waiting, func(b *barrier) bool { return b.seal }), stopping)
+			if err != nil {
+				s.retry = now.Add(retryEvery)
+			}
 			s.answer(&waiting, asked, err)
-		} else {
-			s.answer(&waiting, asked, nil)
 		}
-		if len(waiting) > 0 {
+		if len(waiting) > 0 { // for their group to be complete
 			due.Reset(s.lastSync.Add(s.opt.GroupCommit).Sub(now))
 		}
 	}
@@ -221,11 +219,6 @@ func (s *Store) writeBatch(streams []*stream) error {
 		if o.writer.Pending() == 0 {
 			return nil
 		}
-		s.mu.Lock()
-		for _, t := range parts {
-			t.batches++
-		}
-		s.mu.Unlock()
 		return o.writer.EndBatch(func(chunks []segment.Chunk, end int64, err error) { s.wrote(o, parts, chunks, end, err) })
 	}
 	next := func() error {
@@ -253,6 +246,9 @@ func (s *Store) writeBatch(streams []*stream) error {
 				fits, err := s.current.writer.Append(c, request, site, data...)
 				if fits && (len(in) == 0 || in[len(in)-1] != t) {
 					in = append(in, t)
+					s.mu.Lock()
+					t.batches++ // now, not when the batch ends: by then the one before may be in its file
+					s.mu.Unlock()
 				}
 				if fits || err != nil {
 					s.unsynced += bytes
