@@ -41,14 +41,10 @@ func serveCommand(o *options) *cobra.Command {
 				// Go takes a processor away from a goroutine that waits for the disk, but notices up to 10 ms later: an engine pinned to one core would do nothing meanwhile.
 				runtime.GOMAXPROCS(2)
 			}
-			ready := c.OutOrStdout()
 			if readyFD >= 0 {
-				file := os.NewFile(uintptr(readyFD), "ready-fd")
-				if _, err := file.Stat(); err != nil {
-					return usage(fmt.Errorf("serve: --ready-fd %d: %w", readyFD, err))
+				if err := openReady("serve", readyFD); err != nil {
+					return err
 				}
-				defer file.Close()
-				ready = file
 			}
 			ctx, cancel := context.WithCancelCause(c.Context())
 			defer cancel(nil)
@@ -59,15 +55,12 @@ func serveCommand(o *options) *cobra.Command {
 				}()
 			}
 			return runEngine(ctx, config, newLog(os.Stderr, config.Log), func(a announcement) error {
-				text, err := json.Marshal(a)
-				if err == nil {
-					_, err = ready.Write(append(text, '\n'))
+				say := sayReady
+				if readyFD < 0 {
+					say = func(a any) error { return json.NewEncoder(c.OutOrStdout()).Encode(a) }
 				}
-				if err != nil {
+				if err := say(a); err != nil {
 					return fmt.Errorf("serve: say that the engine is ready: %w", err)
-				}
-				if file, is := ready.(*os.File); is && readyFD >= 0 {
-					return file.Close()
 				}
 				return nil
 			})

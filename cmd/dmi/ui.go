@@ -5,7 +5,6 @@ import (
 	"crypto/rand"
 	"encoding/hex"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -57,31 +56,23 @@ func uiCommand(o *options) *cobra.Command {
 			if err := api.check(c.Context()); err != nil { // a store that cannot be opened is said here, not in the page
 				return err
 			}
-			ready := c.OutOrStdout()
 			if readyFD >= 0 {
-				file := os.NewFile(uintptr(readyFD), "ready-fd")
-				if _, err := file.Stat(); err != nil {
-					return usage(fmt.Errorf("ui: --ready-fd %d: %w", readyFD, err))
+				if err := openReady("ui", readyFD); err != nil {
+					return err
 				}
-				defer file.Close()
-				ready = file
 			}
 			return servePage(c.Context(), address, unused, api, func(d pageDoor) error {
 				d.Store = absolute(config.Store.Path)
-				if o.json || readyFD >= 0 {
-					text, err := json.Marshal(d)
-					if err == nil {
-						_, err = ready.Write(append(text, '\n'))
-					}
-					if file, is := ready.(*os.File); is && readyFD >= 0 {
-						err = errors.Join(err, file.Close())
-					}
-					return err
+				switch {
+				case readyFD >= 0:
+					return sayReady(d)
+				case o.json:
+					return json.NewEncoder(c.OutOrStdout()).Encode(d)
 				}
 				if !web.Built() {
 					fmt.Fprintln(os.Stderr, "dmi: the page was not built into this program (make setup builds it, with Node 20.19 or newer): the address serves the HTTP API alone")
 				}
-				_, err := fmt.Fprintf(ready, "%s\n(whoever has this address can read the store %s; Ctrl-C ends it)\n", d.Address, d.Store)
+				_, err := fmt.Fprintf(c.OutOrStdout(), "%s\n(whoever has this address can read the store %s; Ctrl-C ends it)\n", d.Address, d.Store)
 				return err
 			})
 		},

@@ -257,13 +257,14 @@ def _start(folder: Path, flags: list[str], *, detached: bool) -> Engine:
             with progress(f"starting the engine of {folder}"):
                 said = ready_line(ready_read)
             if said is None:
-                why = why_ended(child, log, start)
-                raise EngineError(f"start an engine for {folder}: {why}", code="store")
-        except BaseException:
+                raise EngineError(f"start an engine for {folder}: {last_words(log, start)}", code="store")
+        except BaseException as error:
             child.kill()
             child.wait()
             if child.stdin is not None:
                 child.stdin.close()
+            if isinstance(error, TimeoutError):
+                raise EngineError(f"start an engine for {folder}: {error}; its log ends with\n  {last_words(log, start)}", code="store") from None
             raise
     if detached:
         child.wait()
@@ -285,13 +286,13 @@ def _log(folder: Path, read_only: bool) -> Any:
 
 
 def ready_line(pipe: int) -> dict[str, Any] | None:
-    """The line that an engine writes when it is ready, or None when it ended or was too slow."""
+    """The line that an engine writes when it is ready, or None when it ended. Raises TimeoutError when it takes longer than READY_TIMEOUT_S."""
     deadline = time.monotonic() + READY_TIMEOUT_S
     text = b""
     while not text.endswith(b"\n"):
         readable, _, _ = select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))
         if not readable:
-            return None
+            raise TimeoutError(f"it was not ready within {READY_TIMEOUT_S:g} s")
         data = os.read(pipe, 65536)
         if not data:
             return None
@@ -300,14 +301,9 @@ def ready_line(pipe: int) -> dict[str, Any] | None:
     return said if isinstance(said, dict) else None
 
 
-def why_ended(child: subprocess.Popen[bytes], log: Any, start: int) -> str:
-    """Why an engine is not ready: what it said last. One that has closed the pipe is about to end, which on a busy machine takes a while."""
-    late = f"it was not ready within {READY_TIMEOUT_S:g} s; see engine.log in the store"
-    try:
-        status = child.wait(10)
-    except subprocess.TimeoutExpired:
-        return late
+def last_words(log: Any, start: int) -> str:
+    """Why an engine ended: what it said last. Its end of the pipe closes when it ends, so all of it is there."""
     log.seek(start)
     lines = log.read().decode(errors="replace").strip().splitlines()
     own = [line.removeprefix("dmi: ") for line in lines if line.startswith("dmi: ")]
-    return "\n  ".join(own or lines[-8:]) or (f"it ended with status {status} and said nothing" if status else late)
+    return "\n  ".join(own or lines[-8:]) or "it ended and said nothing; was it killed?"

@@ -8,7 +8,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from dmi.engine import binary, ready_line, why_ended
+from dmi.engine import binary, last_words, ready_line
 from dmi.errors import EngineError
 
 _served: list[subprocess.Popen[bytes]] = []  # asked now and then whether they have ended, so that none stays a zombie
@@ -43,10 +43,15 @@ def serve_page(store: str | os.PathLike[str], *, end_when_unused: str = "1h") ->
             os.close(write)
         try:
             said = ready_line(read)
+            if said is None:
+                raise EngineError(f"serve the page of {folder}: {last_words(log, 0)}", code="store")
+        except BaseException as error:
+            child.kill()
+            child.wait()
+            if isinstance(error, TimeoutError):
+                raise EngineError(f"serve the page of {folder}: {error}; its log ends with\n  {last_words(log, 0)}", code="store") from None
+            raise
         finally:
             os.close(read)
-        if said is None:
-            child.kill()
-            raise EngineError(f"serve the page of {folder}: {why_ended(child, log, 0)}", code="store")
     _served.append(child)
     return Page(address=said["address"], base=said["base"], token=said["token"], pid=said["pid"])
