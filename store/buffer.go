@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"container/list"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"dmi/store/segment"
@@ -45,8 +46,9 @@ type stream struct {
 	born    time.Time
 	place   *list.Element // in waiting; nil once it is not open
 	shared  bool          // a ChunkRef points here, and may do so for long
-	handed  bool          // its last part was given to a segment
-	batches int           // with parts of it, ended or not, that are not known to be in their file: two where it goes on in the next segment
+	// How many hold it while it is being written: the writing goroutine until it has given all of it to segments, and each batch, ended or not, that has a part of
+	// it and is not known to be in its file; two where it goes on in the next segment.
+	holds atomic.Int32
 }
 
 // piece is rows that lie together. What lies beyond the length of data is free.
@@ -227,9 +229,6 @@ func (b *buffer) written(s *stream) {
 
 // unwritten puts back what could not be written, in its old order.
 func (b *buffer) unwritten() {
-	for _, s := range b.writing { // all of it is written again, wherever parts of it are
-		s.handed, s.batches = false, 0
-	}
 	b.ready = append(b.writing, b.ready...)
 	b.writing = nil
 }

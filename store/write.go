@@ -227,8 +227,9 @@ func (s *Store) writeBatch(streams []*stream) error {
 		}
 		return s.seal()
 	}
-	for _, t := range streams {
-		request, site := s.names(t)
+	for i, name := range s.names(streams) { // all at once: who appends hardly ever leaves the lock alone
+		t := streams[i]
+		t.holds.Store(1) // whatever an attempt that failed has left
 		err := t.parts(int64(s.opt.ChunkKiB)<<10, func(c segment.Chunk, data [][]byte) error {
 			var bytes int64
 			for _, d := range data {
@@ -243,12 +244,10 @@ func (s *Store) writeBatch(streams []*stream) error {
 				if err := s.begin(); err != nil {
 					return err
 				}
-				fits, err := s.current.writer.Append(c, request, site, data...)
+				fits, err := s.current.writer.Append(c, name.request, name.site, data...)
 				if fits && (len(in) == 0 || in[len(in)-1] != t) {
 					in = append(in, t)
-					s.mu.Lock()
-					t.batches++ // now, not when the batch ends: by then the one before may be in its file
-					s.mu.Unlock()
+					t.holds.Add(1)
 				}
 				if fits || err != nil {
 					s.unsynced += bytes
@@ -256,7 +255,7 @@ func (s *Store) writeBatch(streams []*stream) error {
 					return err
 				}
 				if s.current.writer.Empty() {
-					return fmt.Errorf("store: the names of request %q and site %q do not fit a segment's header of %d KiB", request, site, s.opt.HeaderKiB)
+					return fmt.Errorf("store: the names of request %q and site %q do not fit a segment's header of %d KiB", name.request, name.site, s.opt.HeaderKiB)
 				}
 				if err := next(); err != nil {
 					return err
@@ -266,9 +265,7 @@ func (s *Store) writeBatch(streams []*stream) error {
 		if err != nil {
 			return err
 		}
-		s.mu.Lock()
-		t.handed = true
-		s.mu.Unlock()
+		t.holds.Add(-1)
 	}
 	return end()
 }
@@ -294,24 +291,31 @@ func (s *Store) wrote(o *openSegment, parts []*stream, chunks []segment.Chunk, e
 	s.metrics.WriteBusy += busy - o.busy
 	o.busy = busy
 	for _, t := range parts {
-		if t.batches--; t.handed && t.batches == 0 {
+		if t.holds.Add(-1) == 0 {
 			s.buffer.written(t)
 		}
 	}
 	s.room.Broadcast()
 }
 
-// names are what a stream's request and site are called in a segment.
-func (s *Store) names(t *stream) (request, site string) {
+// names are what the requests and sites of streams are called in a segment.
+func (s *Store) names(streams []*stream) []streamName {
+	names := make([]streamName, len(streams))
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	session := s.sessions[t.Session]
-	site = session.sites[t.site].Name
-	if r := s.requests[t.RequestKey]; r != nil && r.ID != "" {
-		return r.ID, site
+	for i, t := range streams {
+		session := s.sessions[t.Session]
+		names[i].site = session.sites[t.site].Name
+		if r := s.requests[t.RequestKey]; r != nil && r.ID != "" {
+			names[i].request = r.ID
+		} else {
+			names[i].request = fmt.Sprintf("%s.%d", session.ID, t.Request)
+		}
 	}
-	return fmt.Sprintf("%s.%d", session.ID, t.Request), site
+	return names
 }
+
+type streamName struct{ request, site string }
 
 // abandon gives the current segment up after an error: its whole batches stay, the rest of what was being written goes back to the buffer.
 func (s *Store) abandon(err error) error {

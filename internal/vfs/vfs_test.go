@@ -8,6 +8,7 @@ import (
 	"path"
 	"slices"
 	"testing"
+	"unsafe"
 )
 
 // TestFileSystem holds the machine's file system and the one in memory to the same behaviour.
@@ -144,4 +145,35 @@ func TestPowerLossTakesWhatWasNotSynced(t *testing.T) {
 	if _, err := m.Open("d/b", false); !errors.Is(err, ErrCrashed) {
 		t.Errorf("a call after the crash: %v", err)
 	}
+}
+
+func TestBuffer(t *testing.T) {
+	f, err := OS{}.Create(t.TempDir()+"/f", true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	const n = 3 * Align
+	b, other := NewBuffer(n), NewBuffer(n)
+	if address := uintptr(unsafe.Pointer(unsafe.SliceData(b.Bytes))); len(b.Bytes) != n || address%Align != 0 {
+		t.Fatalf("%d bytes at %x", len(b.Bytes), address)
+	}
+	for i := range b.Bytes {
+		b.Bytes[i], other.Bytes[i] = byte(i*7), 1
+	}
+	if _, err := f.WriteAt(b.Bytes, 0); err != nil {
+		t.Fatal(err)
+	}
+	read := Aligned(n)
+	if _, err := f.ReadAt(read, 0); err != nil {
+		t.Fatal(err)
+	}
+	for i := range read {
+		if read[i] != byte(i*7) {
+			t.Fatalf("byte %d is %d", i, read[i])
+		}
+	}
+	b.Free()
+	b.Free()
+	other.Free()
 }

@@ -23,7 +23,7 @@ type Limits struct {
 }
 
 const (
-	bufferBytes = 8 << 20 // of one write
+	bufferBytes = 8 << 20 // of one write: 4 huge pages
 	buffers     = 4       // some are filled while one is written: the disk does not wait for this process to be scheduled
 )
 
@@ -46,7 +46,8 @@ type Writer struct {
 	added []Chunk // of the batch
 	all   []Chunk // of the batches before
 
-	free    chan []byte
+	held    []*vfs.Buffer // all of them
+	free    chan []byte   // those that are empty; nil: not yet made
 	work    chan job
 	stopped chan struct{}
 	busy    atomic.Int64 // nanoseconds in writes
@@ -118,26 +119,46 @@ func (w *Writer) run() {
 	}()
 }
 
-// pool has the buffers of writers that are closed: a fresh one is cleared, which takes as long as a quarter of what is done with it.
-var pool = sync.Pool{New: func() any { return (*[bufferBytes]byte)(vfs.Aligned(bufferBytes)) }}
-
 // next takes an empty buffer, waiting for one if all are in use.
 func (w *Writer) next() {
 	if w.buf = <-w.free; w.buf == nil {
-		w.buf = pool.Get().(*[bufferBytes]byte)[:0]
+		b := spare.take()
+		w.held = append(w.held, b)
+		w.buf = b.Bytes[:0]
 	}
 }
 
-// giveBack leaves the buffers to other writers.
-func (w *Writer) giveBack() {
-	close(w.free)
-	for b := range w.free {
-		if b != nil {
-			pool.Put((*[bufferBytes]byte)(b[:bufferBytes]))
+// spare has buffers of writers that are closed, for those to come.
+var spare = spareBuffers{most: buffers}
+
+type spareBuffers struct {
+	mu   sync.Mutex
+	list []*vfs.Buffer
+	most int // that are kept
+}
+
+func (s *spareBuffers) take() *vfs.Buffer {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n := len(s.list)
+	if n == 0 {
+		return vfs.NewBuffer(bufferBytes)
+	}
+	b := s.list[n-1]
+	s.list = s.list[:n-1]
+	return b
+}
+
+func (s *spareBuffers) give(buffers []*vfs.Buffer) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, b := range buffers {
+		if len(s.list) < s.most {
+			s.list = append(s.list, b)
+		} else {
+			b.Free()
 		}
 	}
-	pool.Put((*[bufferBytes]byte)(w.buf[:bufferBytes]))
-	w.buf = nil
 }
 
 // Number is the segment's.
@@ -399,7 +420,8 @@ func (w *Writer) Close() error {
 	close(w.work)
 	<-w.stopped
 	w.work = nil
-	w.giveBack()
+	spare.give(w.held) // nothing writes from them any more
+	w.held, w.buf = nil, nil
 	if w.failure == nil {
 		w.failure = fmt.Errorf("segment: %s: %w", w.path, errClosed)
 	}
