@@ -211,3 +211,35 @@ func TestReadWhileTheCatalogueIsEmpty(t *testing.T) {
 	balanced(t, s, l.produced)
 	s.Close()
 }
+
+// TestCrashInOpening: a store that was closed is as whole as it was, whatever the moment at which the next engine is killed that opens it.
+func TestCrashInOpening(t *testing.T) {
+	for at := 1; ; at++ {
+		mem, l, o := closedStore(t)
+		count := 0
+		mem.Fault = func(string, string) error {
+			if count++; count >= at {
+				return vfs.ErrCrashed
+			}
+			return nil
+		}
+		s, err := Open("store", o)
+		if err == nil {
+			s.Close()
+		}
+		if at == 1 && err == nil {
+			t.Fatal("nothing was changed: this shows nothing")
+		}
+		p := o
+		p.FS = mem.AfterKill()
+		reader, err := openReadOnly("store", p)
+		must(t, err)
+		l.check(reader, all)
+		verified(t, reader)
+		must(t, reader.Close())
+		if count < at {
+			t.Logf("%d changes", count)
+			return
+		}
+	}
+}

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
 	"path"
 	"slices"
@@ -35,14 +36,15 @@ func (s *Store) recover(write, alone bool) error {
 	s.clean = cp.closed != 0 && len(files) > 0
 	if s.clean {
 		last := files[len(files)-1]
-		size, err := s.fs.Stat(manifestName(dir, last))
-		if err != nil {
+		size, err := s.fs.Stat(manifestName(dir, min(last, cp.applied.file)))
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return explain(doing, err)
 		}
-		if last != cp.applied.file || size != cp.closed {
+		if last < cp.applied.file || size != cp.closed {
 			s.notice(manifestName("manifest", last), -1, "the store was closed with its manifest ending at %d of file %d; now it ends at %d of file %d", cp.closed,
-				cp.applied.file, size, last)
+				cp.applied.file, size, min(last, cp.applied.file))
 		}
+		s.clean = last <= cp.applied.file // else an engine has opened it since, and was killed before the catalogue knew
 	}
 	if s.ahead(cp, files) {
 		s.notice("catalogue.sqlite", -1, "it tells of more than the manifest does: manifest was lost, or one of them is of another time")
