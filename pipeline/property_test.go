@@ -211,7 +211,8 @@ func TestRandomTrafficAgainstReference(t *testing.T) {
 			default:
 				events = append(events, code+": "+message)
 			}
-		}, drain.Options{CoalesceBytes: 1 << rapid.IntRange(9, 16).Draw(t, "coalesce")})
+		}, drain.Options{CoalesceBytes: 1 << rapid.IntRange(9, 16).Draw(t, "coalesce"),
+			BusyPoll: time.Duration(rapid.IntRange(0, 2).Draw(t, "polls")) * time.Millisecond})
 		traffic.p.StartPump()
 		for range rapid.IntRange(1, 25).Draw(t, "steps") {
 			lane := traffic.p.Lanes[traffic.IntN(len(traffic.p.Lanes))]

@@ -109,6 +109,9 @@ func (b *Bell) RingPump() {
 	unix.Write(b.pump, one[:])
 }
 
+// Woken reports whether the next Wait would end at once because of Wake.
+func (b *Bell) Woken() bool { return b.woken.Load() }
+
 // Close gives the descriptors back.
 func (b *Bell) Close() error {
 	err := b.engine.Close()

@@ -65,9 +65,10 @@ func main() {
 
 // place is where the engine runs, and beside what.
 type place struct {
-	name string
-	own  bool // it has a core to itself
-	busy bool // other processes keep every core busy
+	name  string
+	own   bool // it has a core to itself
+	busy  bool // other processes keep every core busy
+	polls bool // control.busy_poll_s is set
 }
 
 // kind is what is published, and how a subscriber is given it.
@@ -88,7 +89,8 @@ var kinds = []kind{
 
 func run(engine, before string, steps int, pace time.Duration, out string) error {
 	rows := []result.Row{result.Load()}
-	for _, at := range []place{{"engine with a core to itself", true, false}, {"nothing pinned", false, false}, {"every core busy with other work", false, true}} {
+	for _, at := range []place{{name: "engine with a core to itself", own: true},
+		{name: "engine that polls, with a core to itself", own: true, polls: true}, {name: "nothing pinned"}, {name: "every core busy with other work", busy: true}} {
 		var floors [2][2]float64 // direct, pumped: p50, p99
 		for i, name := range []string{"bare relay with the same wake-ups", "bare relay with the same wake-ups, best-effort"} {
 			bare, err := at.measure(func(prefix []string) ([]float64, error) {
@@ -109,7 +111,7 @@ func run(engine, before string, steps int, pace time.Duration, out string) error
 		for _, k := range kinds {
 			var before50 float64
 			if before != "" {
-				took, err := at.measure(func(prefix []string) ([]float64, error) { return measure(append(prefix, before), k, steps, pace) })
+				took, err := at.measure(func(prefix []string) ([]float64, error) { return measure(append(prefix, before), nil, k, steps, pace) })
 				if err != nil {
 					return fmt.Errorf("%s, %s, %s: %w", before, at.name, k.name, err)
 				}
@@ -117,7 +119,9 @@ func run(engine, before string, steps int, pace time.Duration, out string) error
 				before50, p99 = quantiles(took)
 				fmt.Fprintf(os.Stderr, "%s, %s, by %s: p50 %.0f µs, p99 %.0f µs\n", at.name, k.name, before, before50, p99)
 			}
-			took, err := at.measure(func(prefix []string) ([]float64, error) { return measure(append(prefix, engine), k, steps, pace) })
+			took, err := at.measure(func(prefix []string) ([]float64, error) {
+				return measure(append(prefix, engine), at.settings(), k, steps, pace)
+			})
 			if err != nil {
 				return fmt.Errorf("%s, %s: %w", at.name, k.name, err)
 			}
@@ -184,14 +188,23 @@ func (at place) measure(what func(prefix []string) ([]float64, error)) ([]float6
 	return what(prefix)
 }
 
+// settings of the engine.
+func (at place) settings() []string {
+	if at.polls {
+		return []string{"--set", "control.busy_poll_s=0.1"}
+	}
+	return nil
+}
+
 // measure gives the latency of each step in microseconds.
-func measure(program []string, k kind, steps int, pace time.Duration) (took []float64, err error) {
+func measure(program, settings []string, k kind, steps int, pace time.Duration) (took []float64, err error) {
 	dir, err := os.MkdirTemp("", "dmi")
 	if err != nil {
 		return nil, err
 	}
 	defer os.RemoveAll(dir)
 	command := append(program, "serve", "--store", filepath.Join(dir, "s"), "--log-level", "warning")
+	command = append(command, settings...)
 	engine := exec.Command(command[0], command[1:]...)
 	engine.Stderr = os.Stderr
 	said, err := engine.StdoutPipe()

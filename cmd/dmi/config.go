@@ -63,11 +63,12 @@ type StoreConfig struct {
 
 // ControlConfig is the door for producers.
 type ControlConfig struct {
-	Socket    string `koanf:"socket" help:"Unix socket for producers; empty: STORE/engine.sock"`
-	Group     string `koanf:"group" help:"a group whose members may open the socket as well (a name or number; the engine's user is one of them); empty: only the engine's user"`
-	Admission string `koanf:"admission" help:"permissions: who may open the socket may attach; token: they send the store's token as well"`
-	Sessions  int    `koanf:"sessions" help:"producers at once, at most"`
-	RecordDir string `koanf:"record_dir" help:"folder for tapes: what the engine saw of each session, to be replayed (docs/format/ringtape.md); empty: none"`
+	Socket    string  `koanf:"socket" help:"Unix socket for producers; empty: STORE/engine.sock"`
+	Group     string  `koanf:"group" help:"a group whose members may open the socket as well (a name or number; the engine's user is one of them); empty: only the engine's user"`
+	Admission string  `koanf:"admission" help:"permissions: who may open the socket may attach; token: they send the store's token as well"`
+	Sessions  int     `koanf:"sessions" help:"producers at once, at most"`
+	BusyPoll  float64 `koanf:"busy_poll_s" help:"for how long the engine looks for a session's next records before it sleeps: for an engine with a core to itself, which this keeps busy while models run; 0: not at all"`
+	RecordDir string  `koanf:"record_dir" help:"folder for tapes: what the engine saw of each session, to be replayed (docs/format/ringtape.md); empty: none"`
 }
 
 // HTTPConfig is the door for readers.

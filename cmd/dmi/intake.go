@@ -17,7 +17,7 @@ func (e *engine) newIntake() (*control.Server, error) {
 			e.hub.Event(live.Event{Level: level, Code: code, Session: session, Message: message})
 		},
 		Engine: e.said.EngineID, Version: e.said.Version, StorePath: e.dir, HTTPURL: e.said.HTTP, HTTPUnix: e.said.HTTPUnix,
-		Sessions: e.config.Control.Sessions, Gates: e.helm.Gates(), Memory: e.helm.Memory,
+		Sessions: e.config.Control.Sessions, BusyPoll: seconds(e.config.Control.BusyPoll), Gates: e.helm.Gates(), Memory: e.helm.Memory,
 		Rules: func(session uint32, mode string) pipeline.Rules { return e.helm.Rules(session, mode) },
 	}
 	if e.config.Control.Admission == "token" {
