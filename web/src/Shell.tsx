@@ -55,7 +55,7 @@ export function Shell() {
         <nav aria-label="views">
           {views.map((v) => (
             <a key={v.name} data-view={v.name} href={formatAddress({ view: v.name, args: v.carries && address.args['id'] ? { id: address.args['id'] } : {} })} aria-current={v === view ? 'page' : undefined}
-              title={`key: ${v.key}`}>{v.title}</a>
+              title={`key: ${v.key}`} aria-keyshortcuts={v.key}>{v.title}</a>
           ))}
         </nav>
         <span class="quiet state" data-state={status.error ? 'broken' : status.value?.attached.length ? 'live' : 'stored'}>
@@ -68,6 +68,7 @@ export function Shell() {
         {status.value?.store.failure && <p class="problem" role="alert">The store has a problem: {status.value.store.failure}</p>}
         {view && <Boundary key={[view.name, attempt, ...['id', 'run', 'a', 'b'].map((name) => address.args[name])].join(' ')}>{view.show(address)}</Boundary>}
       </main>
+      <footer class="quiet">Keys: {views.map((v, i) => <span key={v.name}>{i ? ', ' : ''}<kbd>{v.key}</kbd> {v.title}</span>)}; in maps arrows, <kbd>Enter</kbd>, <kbd>+</kbd> and <kbd>-</kbd>.</footer>
     </StoreContext.Provider>
   );
 }

@@ -47,23 +47,32 @@ export function place(scale: Scale, value: number): number {
   return Math.min(1, Math.max(0, at));
 }
 
-/** A scale that leaves few values outside: between the 1st and 99th percentile, symmetric where values have signs. */
-export function fit(values: Float32Array): Scale {
+/** Whether amounts differ so much that only their logarithms can be told apart. */
+export const spans = (map: MapName, low: number, high: number): boolean => map === 'amount' && low > 0 && high / low > 30;
+
+/** The 1st and the 99th percentile of what is finite. */
+export function middle(values: Float32Array): [number, number] | null {
   const step = Math.max(1, Math.floor(values.length / 20000));
   const sample: number[] = [];
   for (let i = 0; i < values.length; i += step) {
     const v = values[i] ?? NaN;
     if (Number.isFinite(v)) sample.push(v);
   }
-  if (sample.length === 0) return { low: 0, high: 1, log: false, map: 'amount' };
   sample.sort((a, b) => a - b);
-  const [low, high] = [sample[Math.ceil(0.01 * (sample.length - 1))] ?? 0, sample[Math.floor(0.99 * (sample.length - 1))] ?? 0];
+  return sample.length === 0 ? null : [sample[Math.ceil(0.01 * (sample.length - 1))] ?? 0, sample[Math.floor(0.99 * (sample.length - 1))] ?? 0];
+}
+
+/** A scale that leaves few values outside: between the 1st and 99th percentile, symmetric where values have signs. */
+export function fit(values: Float32Array): Scale {
+  const ends = middle(values);
+  if (!ends) return { low: 0, high: 1, log: false, map: 'amount' };
+  const [low, high] = ends;
   if (low < 0 && high > 0) {
     const bound = Math.max(-low, high);
     return { low: -bound, high: bound, log: false, map: 'signed' };
   }
   if (low === high) return { low: Math.min(0, low), high: Math.max(high, 1e-6, low + 1e-6), log: false, map: 'amount' };
-  return { low, high, log: low > 0 && high / low > 30, map: 'amount' };
+  return { low, high, log: spans('amount', low, high), map: 'amount' };
 }
 
 export function shown(value: number): string {

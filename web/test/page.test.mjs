@@ -94,6 +94,7 @@ describe('the page', { skip: skip || false, timeout: 600_000 }, () => {
     await soon(async () => {
       const scale = await legend(tab);
       assert.equal(await tab.evaluate(() => document.querySelector('.heat-cells').dataset.columns), '5'); // four layers, and the logits
+      assert.ok(scale.log, 'whatever came first, kinds of sites that differ this much are told apart'); // of one token every pattern is 1
       const drawn = await pixels(tab, lines.map((line) => [2, line.layer]));
       for (const [i, line] of lines.entries()) assert.ok(near(drawn[i], colourOf(line.rms, scale)), `layer ${line.layer}: ${drawn[i]} for rms ${line.rms} on ${JSON.stringify(scale)}`);
     });
@@ -160,6 +161,8 @@ describe('the page', { skip: skip || false, timeout: 600_000 }, () => {
     const order = [...values.keys()].sort((a, b) => Math.abs(values[b]) - Math.abs(values[a]));
     assert.deepEqual(await tab.locator('[data-dim]').evaluateAll((rows) => rows.map((r) => Number(r.dataset.dim))), order.slice(0, 12));
     assert.match(await tab.locator('.readout').innerText(), /token 2/);
+    const { tokens } = await page.json(`/requests/${request}`);
+    assert.equal(await tab.locator('.facts div:has-text("the real next token") dd').innerText(), `␣w${tokens[3]}`);
     await accessible(tab, 'request');
     await picture(tab, 'request');
   });
@@ -267,6 +270,24 @@ describe('the page', { skip: skip || false, timeout: 600_000 }, () => {
     assert.ok((await tab.locator('[data-turn]').innerText()).includes(String(Number(steps[0].cosine.toPrecision(4)))));
     await accessible(tab, 'statistics');
     await picture(tab, 'statistics');
+  });
+
+  it('statistics: how a mixture shares its tokens among experts', async () => {
+    const { request: mixed } = await model.tell('mixture');
+    const run = mixed.split('.')[0];
+    await tab.visit(`#/statistics?run=${run}`, '.router .heat-cells');
+    const loads = await page.list(`/inspect/router?run=${run}`);
+    assert.equal(loads.filter((l) => l.layer === 0).reduce((sum, l) => sum + l.tokens, 0), 2 * 20); // each token has two
+    assert.ok(new Set(loads.map((l) => l.load)).size > 4);
+    const scale = await legend(tab, '.router');
+    const drawn = await pixels(tab, loads.map((l) => [l.layer, l.expert]), '.router');
+    for (const [i, l] of loads.entries()) assert.ok(near(drawn[i], colourOf(l.load, scale)), `layer ${l.layer} expert ${l.expert}: ${drawn[i]} for ${l.load} on ${JSON.stringify(scale)}`);
+    const { python, cli, file } = await take(tab);
+    assert.deepEqual(JSON.parse(file).router, loads);
+    assert.deepEqual(JSON.parse(perform('cli', `${cli.split('# and: ').at(-1)} --json`, store.dir)), loads);
+    assert.deepEqual(evaluate([{ text: python, expression: 'router' }])[0], loads);
+    await accessible(tab, 'statistics of a mixture');
+    await picture(tab, 'statistics-mixture');
   });
 
   it('structure: heads have the colour of their score', async () => {
@@ -432,6 +453,18 @@ describe('the page', { skip: skip || false, timeout: 600_000 }, () => {
     }
   });
 
+  it('leads from a store at rest to what is in it', async () => {
+    await tab.visit('#/now', 'text=No model is attached');
+    const [{ id }] = await page.list('/requests?latest=1');
+    await soon(async () => assert.deepEqual(await tab.locator('main p a').evaluateAll((links) => links.map((a) => a.getAttribute('href'))), ['#/requests', ...['request', 'attention', 'statistics', 'structure'].map((view) => `#/${view}?id=${id}`)]));
+    await tab.getByRole('link', { name: 'what the heads do' }).click();
+    await tab.waitForSelector('nav a[aria-current]:has-text("Structure")');
+    const own = await openTab(browser, page);
+    await own.visit('#/now', 'text=No model is attached');
+    assert.equal(await own.locator('.chart').count(), 0); // nothing has moved since it was opened
+    await own.close();
+  });
+
   it('lets nothing in from outside', async () => {
     await tab.visit('#/requests', 'tbody tr');
     const stopped = await tab.evaluate(async () => {
@@ -495,6 +528,30 @@ describe('stores that are not well', { skip: skip || false, timeout: 120_000 }, 
       await tab.waitForSelector('.problem', { timeout: 20_000 });
       assert.match(await tab.locator('.problem').first().innerText(), /store|dmi\.json/);
       await accessible(tab, 'a broken store');
+    } finally {
+      await browser.close();
+      await page.stop();
+      store.remove();
+    }
+  });
+
+  it('one request alone has nothing to be compared with, and is not', async () => {
+    const store = folder();
+    const browser = await launch();
+    const dir = join(store.dir, 's');
+    const model = await startModel(dir);
+    await model.tell('forward 6');
+    await model.end();
+    const page = await startPage(dir);
+    try {
+      const tab = await openTab(browser, page);
+      await tab.visit('#/compare', '.empty');
+      assert.match(await tab.locator('.empty').innerText(), /only one request/);
+      assert.deepEqual([await tab.locator('.take').count(), await tab.getByLabel('b', { exact: true }).count()], [0, 0]);
+      await accessible(tab, 'nothing to compare');
+      await tab.visit('#/requests', 'tbody tr');
+      assert.match(await tab.locator('main').innerText(), /The only one\./);
+      assert.deepEqual(tab.wrong, []);
     } finally {
       await browser.close();
       await page.stop();

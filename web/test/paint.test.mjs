@@ -95,6 +95,13 @@ describe(`painting (DMI_TEST_SEED=${seed})`, () => {
     }
   });
 
+  it('every character of a token can be seen', async () => {
+    const { visible, tokenText } = await vite.ssrLoadModule('/src/words.ts');
+    for (const [text, seen] of [[' Paris', '␣Paris'], ['\n', '⏎'], ['\t\r', '⇥␍'], ['', '∅'], ['\u00a0', '\\u{a0}'], ['\u200b', '\\u{200b}'], ['\u0007', '\\u{7}'], ['\u{e0001}', '\\u{e0001}'], ['né 中🙂', 'né␣中🙂']]) assert.equal(visible(text), seen);
+    const request = { pieces: ['a', '\t'], tokens: [5, 6, 7] };
+    assert.deepEqual([0, 1, 2, 3].map((position) => tokenText(request, position)), ['a', '⇥', '7', '·']);
+  });
+
   it('what has no value says why, and is hatched: on the books, on none, and beyond the end', async () => {
     const { describedGrid, fates } = await vite.ssrLoadModule('/src/sites.ts');
     const range = (site, first, count, outcome, reason, more = {}) => ({ request: 'r', site, first, count, stride: 1, outcome, reason, level: 'full', policy: 0, attempt: 0, expired_unix_ns: 0, ...more });

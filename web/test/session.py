@@ -4,6 +4,7 @@
     forward N       a single forward of N tokens
     repeat N        a forward of N random tokens, twice over, in a run of its own
     fewer           a forward of 5 tokens of which the residual stream alone is captured, in a session of its own
+    mixture         a forward of 20 tokens through a mixture of experts, in a session of its own
     drops           rows that are dropped: forwards in best-effort mode through a ring that is too small, in a session of their own
 """
 
@@ -15,7 +16,7 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import dmi
 
@@ -48,6 +49,18 @@ def looks_back(attention: torch.nn.Module) -> None:
     for projection, first, second in ((attention.q_proj, angles.cos(), -angles.sin()), (attention.k_proj, torch.ones(half), torch.zeros(half))):
         projection.weight[: 2 * half] = 0
         projection.bias[: 2 * half] = 10 * torch.cat([first, second])
+
+
+def mixture(store: Path) -> str:
+    """A request of which it is known which experts the router chose."""
+    torch.manual_seed(5)
+    config = MixtralConfig(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+                           max_position_embeddings=64, attn_implementation="eager", pad_token_id=0, bos_token_id=1, eos_token_id=None)  # fmt: skip
+    model = MixtralForCausalLM(config).eval()
+    with dmi.attach(model, hooks=["blocks.*.hook_resid_post", "blocks.*.mlp.hook_expert_indices"], store=store, text="text", tokenizer=Tokenizer()) as session, torch.no_grad():
+        model(torch.randint(2, VOCABULARY, (1, 20)))
+        session.flush()
+        return session.requests[-1]
 
 
 def say(**what: object) -> None:
@@ -90,6 +103,9 @@ def main() -> None:
                     less(torch.randint(2, VOCABULARY, (1, 5)))
                     other.flush()
                     say(request=other.requests[-1], at=at)
+                continue
+            elif command == "mixture":
+                say(request=mixture(store), at=at)
                 continue
             elif command == "drops":
                 say(request=drops(store), at=at)

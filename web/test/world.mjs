@@ -161,7 +161,7 @@ export async function soon(checks) {
 export async function picture(tab, name) {
   if (!screenshots) return;
   mkdirSync(screenshots, { recursive: true });
-  await tab.screenshot({ path: join(screenshots, `${name}.png`) });
+  await tab.screenshot({ path: join(screenshots, `${name}.png`), fullPage: true });
 }
 
 /** Runs a command line or a Python text that the page gave, and returns what it printed. */

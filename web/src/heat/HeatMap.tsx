@@ -10,7 +10,7 @@ export interface Cell {
 }
 
 export interface HeatMapProps {
-  name: string; // what it shows, for those who do not see it
+  name: string; // what it shows, and along which way
   grid: Grid;
   scale: Scale;
   rowLabel: (row: number) => string; // short, beside the map
@@ -120,6 +120,7 @@ export function HeatMap(p: HeatMapProps) {
   const read = hover ?? cursor;
   return (
     <div class="heat">
+      <p class="heat-name quiet" aria-hidden="true">{p.name}</p>
       <div ref={box} class="heat-box" tabIndex={0} role="application" aria-roledescription="heat map" aria-label={`${p.name}. Arrows move, Enter opens, plus and minus zoom.`} onKeyDown={onKey}
         style={{ height: px(height + FOOT) }}
         onWheel={(event: WheelEvent) => {

@@ -1,6 +1,7 @@
 import { useEffect, useRef } from 'preact/hooks';
 import uPlot from 'uplot';
 import 'uplot/dist/uPlot.min.css';
+import { shown } from '../colour';
 
 /** Half a bar's room on either side, where uPlot would cut the first and the last in two. */
 function padded(plot: uPlot, low: number, high: number): [number, number] {
@@ -28,8 +29,8 @@ export function Chart({ name, x, series, bars, height = 180, xLabel, xName, log,
     const options: uPlot.Options = {
       width: element.clientWidth || 400, height, legend: { show: series.length > 1 }, cursor: { drag: { x: true, y: false } },
       scales: { x: { time: time ?? false, ...(bars ? { range: padded } : {}) }, y: log ? { distr: 3 } : {} },
-      axes: [{ ...axis, size: 32, ...(xLabel ? { label: xLabel, labelSize: 18, labelFont: '12px system-ui' } : {}), ...(whole ? { incrs: [1, 2, 4, 8, 16, 32, 64] } : {}), ...(xName ? { values: (_: uPlot, at: number[]) => at.map(xName) } : {}) }, { ...axis, size: 64 }],
-      series: [xLabel ? { label: xLabel } : {}, ...series.map((s, i) => ({ label: s.label, stroke: s.colour ?? palette[i % palette.length] ?? '', width: 1.5, ...(bars ? { fill: s.colour ?? palette[i % palette.length] ?? '' } : {}), ...drawing }))],
+      axes: [{ ...axis, size: 32, ...(xLabel ? { label: xLabel, labelSize: 18, labelFont: '12px system-ui' } : {}), ...(whole ? { incrs: [1, 2, 4, 8, 16, 32, 64] } : {}), ...(xName ? { space: 76, values: (_: uPlot, at: number[]) => at.map(xName) } : {}) }, { ...axis, size: 64 }],
+      series: [{ label: xLabel ?? 'at', value: (_: uPlot, at: number | null) => (at === null ? '' : xName ? xName(at) : time ? new Date(at * 1000).toLocaleTimeString() : shown(at)) }, ...series.map((s, i) => ({ label: s.label, value: (_: uPlot, v: number | null) => (v === null ? '' : shown(v)), stroke: s.colour ?? palette[i % palette.length] ?? '', width: 1.5, ...(bars ? { fill: s.colour ?? palette[i % palette.length] ?? '' } : {}), ...drawing }))],
     };
     plot.current = new uPlot(options, [x, ...series.map((s) => s.values)] as unknown as uPlot.AlignedData, element);
     const watch = new ResizeObserver(() => plot.current?.setSize({ width: element.clientWidth, height }));

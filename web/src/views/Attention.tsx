@@ -11,7 +11,8 @@ import { Busy, Problem } from '../parts/Problem';
 import { usePath } from '../parts/store';
 import { quote, shell, Take } from '../parts/Take';
 import { isPattern } from '../sites';
-import { RequestPicker, tokenText, useRequest } from './Request';
+import { tokenText } from '../words';
+import { RequestPicker, useRequest } from './Request';
 import { Empty } from './Requests';
 import type { HeadRow } from './Structure';
 import { Thumbnails, type Head } from './Thumbnails';
@@ -82,7 +83,7 @@ export function Attention({ address }: { address: Address }) {
         <div class="split">
           <div>
             <h3>All heads</h3>
-            <p class="quiet">Down: layers; to the right: heads. In each, down: queries; to the right: keys.</p>
+            <p class="quiet">Down: {layers.length} layers; to the right: {heads} heads. In each, down: queries; to the right: keys.</p>
             {pictures.error && <Problem error={pictures.error} while="Draw the heads" />}
             {!pictures.value && !pictures.error && <Busy what="Drawing the heads" />}
             {pictures.value && <Thumbnails pictures={pictures.value} chosen={{ layer, head }} onChoose={(h: Head) => show({ layer: String(h.layer), head: String(h.head) })} describe={(h) => `layer ${h.layer}, head ${h.head}: ${kindOfHead(h)}`} />}

@@ -11,7 +11,7 @@ import { Busy, Problem } from '../parts/Problem';
 import { usePath } from '../parts/store';
 import { quote, shell, Take } from '../parts/Take';
 import { fates, isNumeric, kindOf, kindsOf, rowName, shortRow } from '../sites';
-import { tokenText } from './Request';
+import { tokenText } from '../words';
 import { Empty, modelOf, requestTitle, useRequests, type Listed } from './Requests';
 
 interface Difference { a: string; b: string; site: string; layer: number | null; position: number | null; rows: number; differ: number; first: number | null; max_abs: number | null; relative: number | null; cosine: number | null; mismatched: number; missing: number }
@@ -70,7 +70,7 @@ export function Compare({ address }: { address: Address }) {
     <section>
       <h2>Compare</h2>
       <div class="controls">
-        {picker('a', a)}{picker('b', b)}
+        {picker('a', a)}{b && picker('b', b)}
         <label>site <select value={site} onChange={(event) => show({ site: event.currentTarget.value, cell: '' })}>{kinds.map((k) => <option key={k} value={k}>{k}</option>)}</select></label>
         <label>measure <select value={measure} onChange={(event) => show({ measure: event.currentTarget.value })}>{Object.entries(measures).map(([name, title]) => <option key={name} value={name}>{title}</option>)}</select></label>
       </div>
@@ -94,9 +94,9 @@ export function Compare({ address }: { address: Address }) {
         </>
       )}
       {map && map.grid.width === 0 && <p class="empty">The two have no row of {site} in common.</p>}
-      <Take python={`import dmi\nstore = dmi.open(${quote(path)})\nrows = store.inspect.compare(${quote(a)}, ${quote(b)}, ${quote(site)}, per="row")`}
+      {b && <Take python={`import dmi\nstore = dmi.open(${quote(path)})\nrows = store.inspect.compare(${quote(a)}, ${quote(b)}, ${quote(site)}, per="row")`}
         cli={`dmi inspect compare ${shell(a)} ${shell(b)} --store ${shell(path)} --site ${shell(site)} --per row`}
-        file={{ name: `${a}-${b}.json`, path: '/inspect/compare', args: { a, b, site, per: 'row' } }} />
+        file={{ name: `${a}-${b}.json`, path: '/inspect/compare', args: { a, b, site, per: 'row' } }} />}
     </section>
   );
 }

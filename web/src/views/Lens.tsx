@@ -6,11 +6,10 @@ import { useAsked } from '../parts/asked';
 import { Busy, Problem } from '../parts/Problem';
 import { usePath } from '../parts/store';
 import { quote, shell, Take } from '../parts/Take';
+import { visible } from '../words';
 
 interface Candidate { token: number; probability: number | null; text: string | null }
 interface LensRow { site: string; layer: number | null; position: number; top: Candidate[]; entropy: number | null; next: number | null; next_text: string | null; next_rank: number | null; next_probability: number | null }
-
-const visible = (text: string) => text.replaceAll('\n', '⏎').replaceAll(' ', '␣') || '∅';
 
 /** How a token is written: by the vocabulary, else where the request itself has it, else its id. */
 function word(request: RequestInfo, id: number, text: string | null): string {

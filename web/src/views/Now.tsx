@@ -1,8 +1,8 @@
 // What happens now: who runs, how fast, how full everything is, and what passes at every layer and site.
 import { useEffect, useMemo, useRef, useState } from 'preact/hooks';
 import { formatAddress, go, type Address } from '../address';
-import { fit, shown, type Scale } from '../colour';
-import { follow, getJSON, type EngineError, type EngineEvent, type Occupancy, type StatsRow, type Status } from '../engine';
+import { fit, middle, shown, spans, type Scale } from '../colour';
+import { follow, getJSON, type EngineError, type EngineEvent, type Occupancy, type RequestInfo, type StatsRow, type Status } from '../engine';
 import { kinds, type Grid } from '../heat/paint';
 import { HeatMap, type Cell } from '../heat/HeatMap';
 import { useAsked } from '../parts/asked';
@@ -26,7 +26,7 @@ type Latest = Map<string, StatsRow>;
 export function Now({ address }: { address: Address }) {
   const path = usePath();
   const status = useAsked((signal) => getJSON<Status>('/status', {}, signal), [], EVERY);
-  const requests = useAsked((signal) => getJSON<{ items: unknown[] }>('/requests', { latest: 1, limit: 1 }, signal).then((page) => page.items), [], 2000); // is there any
+  const requests = useAsked((signal) => getJSON<{ items: RequestInfo[] }>('/requests', { latest: 1, limit: 1 }, signal).then((page) => page.items), [], 2000); // is there any
   const capturing = status.value?.live != null; // else nothing passes here
   const live = useLive(capturing);
   const curves = useCurves(status.value, live.tokens);
@@ -41,12 +41,14 @@ export function Now({ address }: { address: Address }) {
   if (status.error && !status.value) return <Problem error={status.error} while="Ask the engine how it is" />;
   if (!status.value) return <Busy what="Asking the engine" />;
   const s = status.value;
+  const newest = requests.value?.[0];
+  const moved = [...curves.tokens, ...curves.outcomes].some((curve) => curve.values.some((v) => v > 0)); // of a store at rest there is nothing to draw
   const pressure: [string, Occupancy][] = [['buffer of the store', s.store.buffer_bytes], ...sessions.flatMap((a) => Object.entries(a.occupancy).map(([name, o]): [string, Occupancy] => [`${a.session}: ${name.replaceAll('_', ' ')}`, o]))];
   return (
     <section>
       <h2>Now</h2>
       {requests.value?.length === 0 && sessions.length === 0 && <Empty />}
-      {sessions.length === 0 && <p class="quiet">No model is attached. {requests.value?.length ? <>What was stored is under <a href={formatAddress({ view: 'requests', args: {} })}>Requests</a>.</> : ''}</p>}
+      {sessions.length === 0 && <p>No model is attached. {newest && <>What was stored is under <a href={formatAddress({ view: 'requests', args: {} })}>Requests</a>. Of the latest, <code>{newest.id}</code>: <Ways id={newest.id} /></>}</p>}
       {sessions.length > 0 && (
         <>
           <table class="list">
@@ -79,17 +81,21 @@ export function Now({ address }: { address: Address }) {
           )}
         </>
       )}
-      <div class="pair">
-        <div>
-          <h3>Tokens per second</h3>
-          <Chart name="Tokens per second" x={curves.x} series={curves.tokens} height={150} time />
+      {(sessions.length > 0 || moved) && (
+        <div class="pair">
+          <div>
+            <h3>Tokens per second</h3>
+            <Chart name="Tokens per second" x={curves.x} series={curves.tokens} height={150} time />
+          </div>
+          <div>
+            <h3>MiB per second by outcome</h3>
+            <Chart name="MiB per second by outcome" x={curves.x} series={curves.outcomes} height={150} time />
+            <p class="quiet">Captured: <b data-bytes>{size(s.rates.bytes_per_second)}/s</b>. Of rows that were not captured, what they would have taken.</p>
+          </div>
         </div>
-        <div>
-          <h3>MiB per second by outcome</h3>
-          <Chart name="MiB per second by outcome" x={curves.x} series={curves.outcomes} height={150} time />
-          <p class="quiet">Captured: <b data-bytes>{size(s.rates.bytes_per_second)}/s</b>. Of rows that were not captured, what they would have taken. In all: {Object.entries(s.books.outcomes).flatMap(([outcome, reasons]) => Object.entries(reasons).map(([reason, rows]) => `${rows} ${outcome} (${reason})`)).join(', ') || 'no row yet'}.</p>
-        </div>
-      </div>
+      )}
+      <h3>Books</h3>
+      <p>{Object.entries(s.books.outcomes).flatMap(([outcome, reasons]) => Object.entries(reasons).map(([reason, rows]) => `${rows} ${outcome} (${reason})`)).join(', ') || 'No row yet'}.</p>
       <h3>How full</h3>
       <div class="gauges">
         {pressure.map(([name, o]) => (
@@ -103,6 +109,12 @@ export function Now({ address }: { address: Address }) {
         file={{ name: 'now.json', text: () => JSON.stringify({ status: s, per_second: curves }) }} />
     </section>
   );
+}
+
+/** From a request to what can be seen of it. */
+function Ways({ id }: { id: string }) {
+  const ways: [string, string][] = [['request', 'its tokens'], ['attention', 'its attention'], ['statistics', 'statistics of its run'], ['structure', 'what the heads do']];
+  return <>{ways.map(([view, title], i) => <span key={view}>{i ? ', ' : ''}<a href={formatAddress({ view, args: { id } })}>{title}</a></span>)}.</>;
 }
 
 function csvOf(latest: Latest | undefined): string {
@@ -194,7 +206,10 @@ function useSteadyScale(values: Float32Array | undefined, what: string): Scale |
   if (!values) return null;
   const now = fit(values);
   const old = kept.current?.what === what ? kept.current.scale : null;
-  const scale = old && old.map === now.map ? { ...now, low: Math.min(old.low, now.low), high: Math.max(old.high, now.high), log: old.log && Math.min(old.low, now.low) > 0 } : now;
+  const [least, most] = middle(values) ?? [0, 0];
+  if (least === most) return old ?? now; // too few to know of the others to come
+  const [low, high] = old && old.map === now.map ? [Math.min(old.low, now.low), Math.max(old.high, now.high)] : [now.low, now.high];
+  const scale = { ...now, low, high, log: spans(now.map, low, high) };
   kept.current = { what, scale };
   return scale;
 }
@@ -216,7 +231,7 @@ function Events() {
         <div class="events" tabIndex={0} role="region" aria-label="events, the newest first">
           <table class="list">
             <thead><tr><th scope="col">when</th><th scope="col">level</th><th scope="col">what</th><th scope="col">session</th><th scope="col">message</th></tr></thead>
-            <tbody>{list.map((e) => <tr key={e.id} data-level={e.level}><td>{new Date(e.time).toLocaleTimeString()}</td><td>{e.level}</td><td>{e.code}</td><td>{e.session ?? ''}</td><td>{e.message}</td></tr>)}</tbody>
+            <tbody>{list.map((e) => <tr key={e.id} data-level={e.level}><td class="time">{new Date(e.time).toLocaleTimeString()}</td><td>{e.level}</td><td>{e.code}</td><td>{e.session ?? ''}</td><td>{e.message}</td></tr>)}</tbody>
           </table>
         </div>
       )}

@@ -10,19 +10,12 @@ import { Busy, Problem, size } from '../parts/Problem';
 import { usePath, useStore } from '../parts/store';
 import { quote, shell, Take } from '../parts/Take';
 import { describedGrid, isNumeric, kindsOf, rowName, shortRow } from '../sites';
+import { tokenText } from '../words';
 import { Empty, requestTitle, useRequests, type Listed } from './Requests';
 import { Lens } from './Lens';
 import { Vector } from './Vector';
 
 export const statistics = ['l2', 'rms', 'absmax', 'mean', 'min', 'max', 'nonfinite'];
-
-/** How a token is written: its text where it was kept, else its id. */
-export function tokenText(request: RequestInfo, position: number): string {
-  const piece = request.pieces?.[position];
-  if (piece !== undefined) return piece.replaceAll('\n', '⏎').replaceAll(' ', '␣') || '∅';
-  const id = request.tokens?.[position];
-  return id === undefined ? `·` : String(id);
-}
 
 /** Which request a view is about: the one of the address, else the latest. */
 export function useRequest(address: Address) {

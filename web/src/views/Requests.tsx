@@ -74,14 +74,14 @@ export function Requests() {
   return (
     <section aria-busy={busy}>
       <h2>Requests</h2>
-      <p class="quiet">The latest {value.length}, newest first.</p>
+      <p class="quiet">{value.length < PAGE ? (value.length === 1 ? 'The only one.' : `All ${value.length}, newest first.`) : `The latest ${PAGE}, newest first.`}</p>
       <table class="list">
         <thead><tr><th scope="col">request</th><th scope="col">begun</th><th scope="col">tokens</th><th scope="col">captured</th><th scope="col">labels</th><th scope="col">model</th><th scope="col">its text ends</th><th scope="col">look at</th></tr></thead>
         <tbody>
           {value.map((r) => (
             <tr key={r.id}>
               <th scope="row"><a href={formatAddress({ view: 'request', args: { id: r.id } })}>{r.id}</a></th>
-              <td>{new Date(r.begun_unix_ns / 1e6).toLocaleString()}{r.ended_unix_ns ? '' : ' (goes on)'}</td>
+              <td class="time">{new Date(r.begun_unix_ns / 1e6).toLocaleString()}{r.ended_unix_ns ? '' : ' (goes on)'}</td>
               <td class="number">{r.positions}</td>
               <td class="number">{size(r.bytes)}</td>
               <td>{r.names.join(', ')}</td>

@@ -97,6 +97,7 @@ export function Statistics({ address }: { address: Address }) {
         </>
       )}
       {vectors && <Outliers list={standing} error={outliers.error} busy far={outliers.far} />}
+      {router.error && <Problem error={router.error} while="Sum up the experts" />}
       {mixture && router.value && router.value.length > 0 && <Router loads={router.value} />}
       <Take python={`import dmi\nstore = dmi.open(${quote(path)})\nrows = store.inspect.stats(${quote(kind)}, run=${quote(run)})${vectors ? `\noutliers = store.inspect.outliers(${quote(kind)}, run=${quote(run)})` : ''}${layered ? `\nalike = store.inspect.similarity(${quote(kind)}, run=${quote(run)})` : ''}${mixture ? `\nrouter = store.inspect.router(run=${quote(run)})` : ''}`}
         cli={`dmi inspect stats --store ${shell(path)} --run ${shell(run)} --site ${shell(kind)}${vectors ? `   # and: dmi inspect outliers --store ${shell(path)} --run ${shell(run)} --site ${shell(kind)}` : ''}${layered ? `   # and: dmi inspect similarity --store ${shell(path)} --run ${shell(run)} --site ${shell(kind)}` : ''}${mixture ? `   # and: dmi inspect router --store ${shell(path)} --run ${shell(run)}` : ''}`}
@@ -158,7 +159,7 @@ function Router({ loads }: { loads: Load[] }) {
   return (
     <>
       <h3>Load of the experts</h3>
-      <HeatMap name="Load of experts: a row per layer, a column per expert; 1 is balanced" grid={grid} scale={{ ...fit(grid.values), low: 0 }} unit="load" rowLabel={(row) => String(layers[row])} rowName={(row) => `layer ${layers[row]}`} columnName={(e) => `expert ${e}`} />
+      <div class="router"><HeatMap name="Load of experts: a row per layer, a column per expert; 1 is balanced" grid={grid} scale={{ ...fit(grid.values), low: 0 }} unit="load" rowLabel={(row) => String(layers[row])} rowName={(row) => `layer ${layers[row]}`} columnName={(e) => `expert ${e}`} /></div>
     </>
   );
 }

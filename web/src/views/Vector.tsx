@@ -7,7 +7,7 @@ import { Chart } from '../parts/Chart';
 import { Busy, Problem } from '../parts/Problem';
 import { usePath } from '../parts/store';
 import { quote, shell, Take } from '../parts/Take';
-import { tokenText } from './Request';
+import { tokenText } from '../words';
 
 const LARGEST = 12;
 const BINS = 48;
@@ -41,7 +41,7 @@ export function Vector({ request, site, position, reason }: { request: RequestIn
   const path = usePath();
   const asked = useAsked((signal) => (reason ? Promise.resolve(null) : getTensor('/tensor', { request: request.id, site, tokens: String(position), as: 'F32' }, signal)), [request.id, site, position, reason]);
   const summary = useMemo(() => (asked.value ? summarise(asked.value.values) : null), [asked.value]);
-  const next = request.pieces?.[position + 1] ?? request.tokens?.[position + 1];
+  const next = request.pieces?.[position + 1] === undefined && request.tokens?.[position + 1] === undefined ? undefined : tokenText(request, position + 1);
   return (
     <section class="vector" aria-label="vector of the chosen cell">
       <h3><code>{site}</code> at token {position} <q>{tokenText(request, position)}</q></h3>
@@ -56,7 +56,7 @@ export function Vector({ request, site, position, reason }: { request: RequestIn
             <div><dt>mean</dt><dd>{shown(summary.mean)}</dd></div>
             <div><dt>deviation</dt><dd>{shown(summary.std)}</dd></div>
             <div><dt>not finite</dt><dd>{summary.nonfinite}</dd></div>
-            {next !== undefined && <div><dt>the real next token</dt><dd><q>{String(next)}</q></dd></div>}
+            {next !== undefined && <div><dt>the real next token</dt><dd><q>{next}</q></dd></div>}
           </dl>
           <div class="columns">
             <Chart name={`Distribution of the ${summary.count} elements`} x={summary.edges} series={[{ label: 'elements', values: summary.counts }]} bars height={180} xLabel="value" />
