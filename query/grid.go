@@ -91,7 +91,7 @@ func (s *selection) eachSummed(ctx context.Context, e *Engine, from, to uint32, 
 		if r.end() <= uint64(from) || r.First >= to {
 			continue
 		}
-		key := chunkKey{r.ref.Key, r.ref.Site, r.ref.Attempt, r.ref.Level, r.ref.First, r.ref.Rows, r.ref.LastStep}
+		key := chunkKeyOf(r.ref)
 		sums, known := e.summed.get(key)
 		if !known {
 			whole := &selection{request: s.request, site: s.site, runs: []run{{Span{r.ref.First, r.ref.Rows}, r.ref}}}

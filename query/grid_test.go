@@ -86,17 +86,18 @@ func TestGridIsStatsRowByRow(t *testing.T) {
 	})
 }
 
-func TestSummedRowsKeepToTheirBound(t *testing.T) {
-	var s summedRows
-	rows := make([]tensor.Statistics, maxSummedRows/4)
+func TestRecentKeepsToItsBound(t *testing.T) {
+	s := recent[chunkKey, tensor.Statistics]{most: 1000}
+	rows := make([]tensor.Statistics, 250)
 	for first := range uint32(6) {
 		s.put(chunkKey{first: first}, rows)
 		s.get(chunkKey{first: 0}) // used all the time
 	}
-	if s.rows > maxSummedRows || len(s.byKey) != s.order.Len() {
-		t.Errorf("%d rows, %d keys, %d in order", s.rows, len(s.byKey), s.order.Len())
+	s.put(chunkKey{first: 9}, make([]tensor.Statistics, 1001)) // alone too many
+	if s.held > 1000 || len(s.byKey) != s.order.Len() {
+		t.Errorf("%d rows, %d keys, %d in order", s.held, len(s.byKey), s.order.Len())
 	}
-	for first, want := range map[uint32]bool{0: true, 1: false, 2: false, 5: true} {
+	for first, want := range map[uint32]bool{0: true, 1: false, 2: false, 5: true, 9: false} {
 		if _, known := s.get(chunkKey{first: first}); known != want {
 			t.Errorf("chunk %d remembered: %v, want %v", first, known, want)
 		}

@@ -4,11 +4,15 @@ import (
 	"container/list"
 	"sync"
 
+	"dmi/store"
 	"dmi/tensor"
 )
 
-// maxSummedRows bounds what is remembered of rows' statistics: 48 bytes each.
-const maxSummedRows = 1 << 20
+// What is remembered at most: of rows their statistics, 48 bytes each; of thumbnails their pixels, 4 bytes each.
+const (
+	maxSummedRows = 1 << 20
+	maxPixels     = 8 << 20
+)
 
 // chunkKey names a chunk whose rows do not change any more.
 type chunkKey struct {
@@ -20,43 +24,49 @@ type chunkKey struct {
 	lastStep    uint64
 }
 
-// summedRows remembers the statistics of chunks' rows: those asked for last, to a bound on rows. The zero value is ready.
-type summedRows struct {
+func chunkKeyOf(ref store.ChunkRef) chunkKey {
+	return chunkKey{ref.Key, ref.Site, ref.Attempt, ref.Level, ref.First, ref.Rows, ref.LastStep}
+}
+
+// recent remembers slices of chunks whose rows do not change any more: those asked for last, to a bound on the elements of all.
+type recent[K comparable, V any] struct {
+	most int
+
 	mu    sync.Mutex
-	rows  int
-	byKey map[chunkKey]*list.Element
-	order list.List // of summedChunk, the one used last in front
+	held  int
+	byKey map[K]*list.Element
+	order list.List // of recentSlice, the one used last in front
 }
 
-type summedChunk struct {
-	key  chunkKey
-	rows []tensor.Statistics // not to be modified
+type recentSlice[K comparable, V any] struct {
+	key    K
+	values []V // not to be modified
 }
 
-func (s *summedRows) get(key chunkKey) ([]tensor.Statistics, bool) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	at, known := s.byKey[key]
+func (r *recent[K, V]) get(key K) ([]V, bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	at, known := r.byKey[key]
 	if !known {
 		return nil, false
 	}
-	s.order.MoveToFront(at)
-	return at.Value.(summedChunk).rows, true
+	r.order.MoveToFront(at)
+	return at.Value.(recentSlice[K, V]).values, true
 }
 
-func (s *summedRows) put(key chunkKey, rows []tensor.Statistics) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if _, known := s.byKey[key]; known || len(rows) > maxSummedRows {
+func (r *recent[K, V]) put(key K, values []V) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if _, known := r.byKey[key]; known || len(values) > r.most {
 		return
 	}
-	if s.byKey == nil {
-		s.byKey = map[chunkKey]*list.Element{}
+	if r.byKey == nil {
+		r.byKey = map[K]*list.Element{}
 	}
-	s.byKey[key] = s.order.PushFront(summedChunk{key, rows})
-	for s.rows += len(rows); s.rows > maxSummedRows; {
-		oldest := s.order.Remove(s.order.Back()).(summedChunk)
-		delete(s.byKey, oldest.key)
-		s.rows -= len(oldest.rows)
+	r.byKey[key] = r.order.PushFront(recentSlice[K, V]{key, values})
+	for r.held += len(values); r.held > r.most; {
+		oldest := r.order.Remove(r.order.Back()).(recentSlice[K, V])
+		delete(r.byKey, oldest.key)
+		r.held -= len(oldest.values)
 	}
 }

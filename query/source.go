@@ -40,14 +40,17 @@ type Engine struct {
 	mu    sync.Mutex
 	forms map[formKey]form // as many as sites exist
 
-	summed   summedRows
+	summed   recent[chunkKey, tensor.Statistics]
+	pictured recent[pictureKey, float32]
 	requests kept[sumKey, sum]
 	runs     kept[string, runSum]
 }
 
 // New makes an engine over a source, which it does not close.
 func New(source Source) *Engine {
-	return &Engine{source: source, MemoryBytes: 64 << 20, forms: map[formKey]form{}}
+	e := &Engine{source: source, MemoryBytes: 64 << 20, forms: map[formKey]form{}}
+	e.summed.most, e.pictured.most = maxSummedRows, maxPixels
+	return e
 }
 
 func (e *Engine) sessions() (map[uint32]tensor.Session, error) {

@@ -31,7 +31,7 @@ type Thumbnails struct {
 const maxThumbnailSize = 256
 
 // Thumbnails cuts the positions of a request into equal bins. A pixel is the greatest weight that the last row of its query's bin gives to the keys of
-// its key's bin. So it costs a row per bin, however long the request is, and no strong weight of these rows is lost.
+// its key's bin: no strong weight of these rows is lost. Of a request that has ended they are remembered, for chunks are read whole.
 func (e *Engine) Thumbnails(ctx context.Context, q ThumbnailsQuery) (*Thumbnails, error) {
 	if q.Size == 0 {
 		q.Size = 32
@@ -87,10 +87,17 @@ func (e *Engine) Thumbnails(ctx context.Context, q ThumbnailsQuery) (*Thumbnails
 	return t, nil
 }
 
+// pictureKey names a line of pixels in the pictures of all heads: those of a query, cut from so many positions into so many bins.
+type pictureKey struct {
+	chunk chunkKey
+	query uint32
+	end   int
+	side  int
+}
+
 // picture fills the pictures of a site's heads, [head, side, side].
 func (s *selection) picture(ctx context.Context, e *Engine, end, side int, into []float32) error {
-	var row []byte
-	var weights []float64
+	var scratch pictureScratch
 	for bin := range side {
 		if err := ctx.Err(); err != nil {
 			return err
@@ -101,24 +108,52 @@ func (s *selection) picture(ctx context.Context, e *Engine, end, side int, into 
 			continue // no row of the bin is there
 		}
 		r := s.runs[at-1]
-		query := min(to, int(r.end())) - 1
-		row = resize(row, rowBytes(r.ref))
-		index := uint32(query) - r.ref.First
-		if err := s.read(e, r, index, index+1, row); err != nil {
-			return err
-		}
-		size, stored := r.ref.DType.Size(), r.ref.Shape[1]
-		if cap(weights) < stored {
-			weights = make([]float64, stored)
-		}
-		keys := weights[:min(stored, query+1)]
-		for head := range r.ref.Shape[0] {
-			r.ref.DType.Floats(keys, row[head*stored*size:(head*stored+len(keys))*size])
-			line := into[(head*side+bin)*side : (head*side+bin+1)*side]
-			for key := 0; key < side && key*end/side < len(keys); key++ {
-				line[key] = float32(slices.Max(keys[key*end/side : min(len(keys), (key+1)*end/side)]))
+		key := pictureKey{chunkKeyOf(r.ref), uint32(min(to, int(r.end())) - 1), end, side}
+		lines, known := e.pictured.get(key)
+		if !known {
+			var err error
+			if lines, err = s.pictureLines(e, r, key, &scratch); err != nil {
+				return err
 			}
+			if !s.request.Ended.IsZero() { // chunks of one that goes on still grow
+				e.pictured.put(key, lines)
+			}
+		}
+		for head := range len(lines) / side {
+			copy(into[(head*side+bin)*side:], lines[head*side:(head+1)*side])
 		}
 	}
 	return nil
+}
+
+// pictureScratch is what making lines needs again and again.
+type pictureScratch struct {
+	row     []byte
+	weights []float64
+}
+
+// pictureLines makes the pixels of a query: [head, side].
+func (s *selection) pictureLines(e *Engine, r run, at pictureKey, scratch *pictureScratch) ([]float32, error) {
+	scratch.row = resize(scratch.row, rowBytes(r.ref))
+	index := at.query - r.ref.First
+	if err := s.read(e, r, index, index+1, scratch.row); err != nil {
+		return nil, err
+	}
+	size, stored := r.ref.DType.Size(), r.ref.Shape[1]
+	if cap(scratch.weights) < stored {
+		scratch.weights = make([]float64, stored)
+	}
+	keys := scratch.weights[:min(stored, int(at.query)+1)]
+	lines := make([]float32, r.ref.Shape[0]*at.side)
+	for head := range r.ref.Shape[0] {
+		r.ref.DType.Floats(keys, scratch.row[head*stored*size:(head*stored+len(keys))*size])
+		for pixel := range at.side {
+			from, to := pixel*at.end/at.side, min(len(keys), (pixel+1)*at.end/at.side)
+			lines[head*at.side+pixel] = float32(math.NaN())
+			if from < to {
+				lines[head*at.side+pixel] = float32(slices.Max(keys[from:to]))
+			}
+		}
+	}
+	return lines, nil
 }

@@ -3,7 +3,12 @@ package query
 import (
 	"context"
 	"math"
+	"slices"
+	"sync/atomic"
 	"testing"
+	"time"
+
+	"dmi/store"
 
 	"pgregory.net/rapid"
 )
@@ -60,6 +65,51 @@ func TestThumbnailsEqualTheirDefinition(t *testing.T) {
 			}
 		}
 	})
+}
+
+// What has ended is not read again, what goes on is; the pictures are the same.
+func TestThumbnailsOfWhatHasEndedAreRemembered(t *testing.T) {
+	ctx := context.Background()
+	rapid.Check(t, func(t *rapid.T) {
+		w := drawWorld(t, false)
+		ended := rapid.Bool().Draw(t, "ended")
+		for i := range w.requests {
+			w.requests[i].Ended = time.Time{}
+			if ended {
+				w.requests[i].Ended = time.Unix(1, 0)
+			}
+		}
+		source := &counted{inMemory: w.memory(t)}
+		e := New(source)
+		q := ThumbnailsQuery{Request: rapid.SampledFrom(w.requests).Draw(t, "request").ID, Site: "blocks.*.attn.hook_pattern", Size: rapid.IntRange(1, 12).Draw(t, "size")}
+		var pictures [2]*Thumbnails
+		var reads [2]int64
+		for i := range pictures {
+			before := source.reads.Load()
+			var err error
+			if pictures[i], err = e.Thumbnails(ctx, q); err != nil {
+				t.Fatal(err)
+			}
+			reads[i] = source.reads.Load() - before
+		}
+		if want := [2]int64{reads[0], reads[0]}; ended && reads[1] != 0 || !ended && reads != want {
+			t.Fatalf("rows read the first time and the second: %v; ended: %v", reads, ended)
+		}
+		if !slices.EqualFunc(pictures[0].Values, pictures[1].Values, func(a, b float32) bool { return a == b || a != a && b != b }) {
+			t.Fatalf("%v, then %v", pictures[0].Values, pictures[1].Values)
+		}
+	})
+}
+
+// counted says how often rows were read.
+type counted struct {
+	*inMemory
+	reads atomic.Int64
+}
+
+func (c *counted) ReadRows(ref store.ChunkRef, from, to uint32, dst []byte) error {
+	c.reads.Add(1)
+	return c.inMemory.ReadRows(ref, from, to, dst)
 }
 
 // ifFirst is what a maximum starts from; max keeps a NaN that comes after.
