@@ -25,8 +25,9 @@ const (
 
 // What stores hold: requests of the residual stream, and one of attention.
 const (
-	LongRequest  = "r0000b1b1.0"
-	ShortRequest = "r0000cafe." // and a number
+	LongRequest     = "r0000b1b1.0"
+	AttendedRequest = "r0000a77e.0"
+	ShortRequest    = "r0000cafe." // and a number
 )
 
 // ResidualBytes is how much is stored of the long request.

@@ -1,6 +1,6 @@
 // Page measures how long the page takes to show what it is asked for, in Chromium without a GPU, on a store of a model of Qwen3-4B's
-// shape (36 layers x 4,096 tokens x 2,560) beside 10,000 short requests; then how far it is behind a model that runs. The store is made here, and deleted; the browser is driven by
-// views.mjs and online.mjs. It needs `make setup`, Node and Chromium, and 1.5 GB of disk for a minute or two.
+// shape (36 layers x 4,096 tokens x 2,560) beside 10,000 short requests and one with the attention of all heads; then how far it is behind a model that runs. The store is made here, and deleted; the browser is driven by
+// views.mjs and online.mjs. It needs `make setup`, Node and Chromium, and 2 GB of disk for a minute or two.
 package main
 
 import (
@@ -22,16 +22,17 @@ func main() {
 	dir := flag.String("dir", os.TempDir(), "where to make the store")
 	tokens := flag.Int("tokens", 4096, "tokens of the long request")
 	requests := flag.Int("requests", 10_000, "short requests beside it")
+	attended := flag.Int("attended", 512, "tokens of the request with attention")
 	readers := flag.Int("readers", 200, "pages that are open beside the one that is looked at, while a model runs")
 	out := flag.String("out", "", "directory to write the result to (default: standard output only)")
 	flag.Parse()
-	if err := run(*dir, *tokens, *requests, *readers, *out); err != nil {
+	if err := run(*dir, *tokens, *requests, *attended, *readers, *out); err != nil {
 		fmt.Fprintln(os.Stderr, "page:", err)
 		os.Exit(1)
 	}
 }
 
-func run(dir string, tokens, requests, readers int, out string) error {
+func run(dir string, tokens, requests, attended, readers int, out string) error {
 	work, err := os.MkdirTemp(dir, "dmi-page-")
 	if err != nil {
 		return err
@@ -39,12 +40,12 @@ func run(dir string, tokens, requests, readers int, out string) error {
 	defer os.RemoveAll(work)
 	store := filepath.Join(work, "s")
 	begun := time.Now()
-	if err := longstore.Fill(store, tokens, requests, 0); err != nil {
+	if err := longstore.Fill(store, tokens, requests, attended); err != nil {
 		return fmt.Errorf("make the store: %w", err)
 	}
 	fmt.Fprintf(os.Stderr, "store made in %.0f s\n", time.Since(begun).Seconds())
 	load := result.Load()
-	rows, err := drive("bench/page/views.mjs", store, longstore.LongRequest, longstore.ShortRequest, strconv.Itoa(tokens))
+	rows, err := drive("bench/page/views.mjs", store, longstore.LongRequest, longstore.ShortRequest, longstore.AttendedRequest, strconv.Itoa(tokens), strconv.Itoa(attended))
 	if err != nil {
 		return err
 	}
@@ -53,7 +54,7 @@ func run(dir string, tokens, requests, readers int, out string) error {
 		return err
 	}
 	rows = append(rows, online...)
-	return result.Report("page", fmt.Sprintf("go run ./bench/page -tokens %d -requests %d -readers %d -out bench/results", tokens, requests, readers), append([]result.Row{load}, rows...), out)
+	return result.Report("page", fmt.Sprintf("go run ./bench/page -tokens %d -requests %d -attended %d -readers %d -out bench/results", tokens, requests, attended, readers), append([]result.Row{load}, rows...), out)
 }
 
 // drive runs one of the scripts beside this file, and says which of its figures reach their goals.

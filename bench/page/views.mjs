@@ -1,10 +1,10 @@
 // Opens every view of a store that main.go made, cold and warm, and prints how long each took until it was drawn: a list of figures, as JSON.
-//   node bench/page/views.mjs STORE LONG_REQUEST SHORT_REQUEST_PREFIX TOKENS
+//   node bench/page/views.mjs STORE LONG_REQUEST SHORT_REQUEST_PREFIX ATTENDED_REQUEST TOKENS ATTENDED
 import { launch, openTab, startPage } from '../../web/test/world.mjs';
 
-const [store, long, short] = process.argv.slice(2);
-const tokens = Number(process.argv[5]); // of the long request
-const run = long.split('.')[0];
+const [store, long, short, looking] = process.argv.slice(2);
+const [tokens, attended] = process.argv.slice(6).map(Number); // of the long request, and of that with attention
+const [run, lookingRun] = [long, looking].map((id) => id.split('.')[0]);
 const figures = [];
 const note = (metric, value, unit, goal = {}) => {
   figures.push({ metric, value: Math.round(value * 10) / 10, unit, ...goal });
@@ -21,6 +21,8 @@ const views = [
   ['one of 10,000 requests', `#/request?id=${short}77`, map(4)],
   ['statistics of the run', `#/statistics?run=${run}`, `document.querySelector('dd[data-norm]') && document.body.textContent.includes('dead') && document.querySelector('[data-turn]')`],
   ['structure of the run', `#/structure?run=${run}`, `document.querySelector('.heat-cells[data-columns="36"]')`],
+  [`attention of 36 x 32 heads, ${attended} tokens`, `#/attention?id=${looking}&layer=20&head=3`, `document.querySelector('.heat-cells[data-columns="${attended}"]') && document.querySelector('.thumbs-canvas') && document.querySelector('[data-kind]').textContent.includes('score')`],
+  ['kinds of 36 x 32 heads', `#/structure?run=${lookingRun}`, `document.querySelector('.split .heat-cells[data-columns="32"]') && document.querySelector('[data-head]')`],
   ['two requests compared', `#/compare?a=${short}1&b=${short}2`, map(4)],
   ['now', '#/now', `document.body.textContent.includes('No model is attached')`],
 ];
