@@ -98,6 +98,7 @@ setup:
 	@$(MAKE) --no-print-directory -j2 $(NATIVE) bin/dmi
 
 # ------------------------------------------------------------------ the main job
+demo demo-vllm: export TQDM_DISABLE := 1# the model's conversion has a bar of its own beside ours
 demo: setup
 	@$(PY) -m dmi.demo
 
