@@ -25,7 +25,7 @@
  *   +-----------------+ staging_offset
  *   | staging         |  pump -> engine: payload bytes; allocated by the engine alone
  *   +-----------------+ spill_offset
- *   | spill           |  op -> engine: in complete mode, payload that did not fit the payload ring, and on the CPU what is little
+ *   | spill           |  op -> engine: on the CPU payload that is little; in complete mode, what did not fit the payload ring
  *   +-----------------+ total_bytes
  *
  * The payload ring itself is NOT in the mapping: it is device memory (CUDA) or private memory (CPU).
@@ -178,7 +178,7 @@ struct dmi_header {
   uint64_t payload_bytes; /* capacity of the payload ring, outside this mapping; a multiple of 4096 */
   uint64_t table_bytes;   /* per lane, a multiple of 4096 */
   uint64_t staging_bytes; /* a multiple of 4096 */
-  uint64_t spill_bytes;   /* a multiple of 4096; 0 in best-effort mode */
+  uint64_t spill_bytes;   /* a multiple of 4096; 0 in best-effort mode on a device */
   uint64_t control_offset; /* all offsets are multiples of 4096 */
   uint64_t sites_offset;
   uint64_t gates_offset;

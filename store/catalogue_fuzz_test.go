@@ -10,7 +10,7 @@ import (
 // FuzzCatalogue damages the catalogue of a store, a few bytes at a time, or cuts it short. Whatever is in it, nobody crashes, and no reader is given a row that was
 // not written.
 func FuzzCatalogue(f *testing.F) {
-	mem, l, o := closedStore(f)
+	mem, l, o := closedStore(f, 24)
 	whole, err := os.ReadFile(o.Catalogue)
 	if err != nil {
 		f.Fatal(err)

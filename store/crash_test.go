@@ -16,8 +16,8 @@ import (
 var crashes = flag.Int("crashes", 15, "crash points to try, of all that a recorded load has; 0: every one")
 
 // crashLoad is the load that is crashed: everything that a session does, with barriers, sealing and rotation; and now and then what else changes the store.
-func crashLoad(l *load, besides func(*load) error) error {
-	for i := range 24 {
+func crashLoad(l *load, forwards int, besides func(*load) error) error {
+	for i := range forwards {
 		if err := l.forward(uint64(l.random.IntN(3)), uint64(3+l.random.IntN(2))); err != nil {
 			return err
 		}
@@ -94,7 +94,7 @@ func crashEverywhere(t *testing.T, tune func(*Options), besides func(*load) erro
 		}
 		l, err = newLoad(t, s, rand.New(rand.NewPCG(seed, 1)), "s0000000a")
 		if l != nil && err == nil {
-			err = crashLoad(l, besides)
+			err = crashLoad(l, 24, besides)
 		}
 		if err != nil && at == 0 {
 			t.Fatal(err)
@@ -198,7 +198,7 @@ func selfBalanced(t *testing.T, s *Store) { t.Helper(); balanced(t, s, s.Books()
 
 // An engine that is killed while it makes its catalogue leaves an empty file.
 func TestReadWhileTheCatalogueIsEmpty(t *testing.T) {
-	mem, l, o := closedStore(t)
+	mem, l, o := closedStore(t, 24)
 	o.FS, o.Catalogue = mem, catalogueFile(t)
 	if err := os.WriteFile(o.Catalogue, nil, 0o600); err != nil {
 		t.Fatal(err)
@@ -215,7 +215,7 @@ func TestReadWhileTheCatalogueIsEmpty(t *testing.T) {
 // TestCrashInOpening: a store that was closed is as whole as it was, whatever the moment at which the next engine is killed that opens it.
 func TestCrashInOpening(t *testing.T) {
 	for at := 1; ; at++ {
-		mem, l, o := closedStore(t)
+		mem, l, o := closedStore(t, 24)
 		count := 0
 		mem.Fault = func(string, string) error {
 			if count++; count >= at {

@@ -16,7 +16,7 @@ import (
 )
 
 // closedStore is a store that a load has gone through, in memory, closed.
-func closedStore(t testing.TB) (*vfs.Mem, *load, Options) {
+func closedStore(t testing.TB, forwards int) (*vfs.Mem, *load, Options) {
 	mem := vfs.NewMem()
 	o := small()
 	o.HeaderKiB = 16
@@ -26,7 +26,7 @@ func closedStore(t testing.TB) (*vfs.Mem, *load, Options) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := crashLoad(l, func(*load) error { return nil }); err != nil {
+	if err := crashLoad(l, forwards, func(*load) error { return nil }); err != nil {
 		t.Fatal(err)
 	}
 	return mem, l, o
@@ -118,7 +118,11 @@ func flipsOf(random *rand.Rand, size int64) iter.Seq2[int64, byte] {
 }
 
 func TestEveryFlippedBitIsReported(t *testing.T) {
-	mem, l, o := closedStore(t)
+	forwards := 24
+	if *flips == 0 { // time goes with the square of a store's size
+		forwards = 6
+	}
+	mem, l, o := closedStore(t, forwards)
 	var tried, total atomic.Int64
 	t.Cleanup(func() { t.Logf("%d of %d bytes damaged, one at a time", tried.Load(), total.Load()) })
 	for _, name := range filesOf(t, mem) {
@@ -163,7 +167,7 @@ func (l *load) of(t testing.TB) *load {
 }
 
 func TestTruncatedSwappedAndMissingFilesAreReported(t *testing.T) {
-	mem, l, o := closedStore(t)
+	mem, l, o := closedStore(t, 24)
 	random := rand.New(rand.NewPCG(l.random.Uint64(), 0))
 	var segments []string
 	for _, name := range filesOf(t, mem) {

@@ -65,7 +65,7 @@ func answers(t testing.TB, s *Store, l *load) map[string]string {
 
 // Whatever became of the catalogue, Repair gives every answer back; and again, when it is run again.
 func TestRepair(t *testing.T) {
-	mem, l, o := closedStore(t)
+	mem, l, o := closedStore(t, 24)
 	s, err := openReadOnly("store", o)
 	must(t, err)
 	before := answers(t, s, l)
@@ -129,7 +129,7 @@ func TestRepair(t *testing.T) {
 
 // A segment that is damaged, wherever, is reported, and what is in the others is served as before.
 func TestRepairWithADamagedSegment(t *testing.T) {
-	mem, l, o := closedStore(t)
+	mem, l, o := closedStore(t, 24)
 	s, err := openReadOnly("store", o)
 	must(t, err)
 	before := answers(t, s, l)

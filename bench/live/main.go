@@ -76,15 +76,17 @@ type kind struct {
 	name   string
 	sites  int
 	path   string
-	pumped bool // by way of the payload ring, as in best-effort mode: the engine has the pump copy it. Else the engine reads it where the op put it, as in complete mode
+	pumped bool // by way of the payload ring, from which the engine has the pump copy it: what is large on the CPU, and all on a device. Else the engine reads it where the op put it
 	goal   bool
+	best   bool // in best-effort mode
 }
 
 var kinds = []kind{
-	{"1 tensor of 5 KiB", 1, "/v1/live/tensors", false, true},
-	{"a group of 37 tensors of 5 KiB, the last of them", 37, "/v1/live/tensors", false, false},
-	{"statistics of 1 row of 5 KiB", 1, "/v1/live/stats", false, true},
-	{"1 tensor of 5 KiB, best-effort", 1, "/v1/live/tensors", true, true},
+	{name: "1 tensor of 5 KiB", sites: 1, path: "/v1/live/tensors", goal: true},
+	{name: "1 tensor of 5 KiB, best-effort", sites: 1, path: "/v1/live/tensors", goal: true, best: true},
+	{name: "statistics of 1 row of 5 KiB", sites: 1, path: "/v1/live/stats", goal: true},
+	{name: "a group of 37 tensors of 5 KiB, the last of them", sites: 37, path: "/v1/live/tensors"},
+	{name: "1 tensor of 5 KiB by way of the payload ring", sites: 1, path: "/v1/live/tensors", pumped: true, best: true},
 }
 
 func run(engine, before string, steps int, pace time.Duration, out string) error {
@@ -92,7 +94,7 @@ func run(engine, before string, steps int, pace time.Duration, out string) error
 	for _, at := range []place{{name: "engine with a core to itself", own: true},
 		{name: "engine that polls, with a core to itself", own: true, polls: true}, {name: "nothing pinned"}, {name: "every core busy with other work", busy: true}} {
 		var floors [2][2]float64 // direct, pumped: p50, p99
-		for i, name := range []string{"bare relay with the same wake-ups", "bare relay with the same wake-ups, best-effort"} {
+		for i, name := range []string{"bare relay with the same wake-ups", "bare relay with the same wake-ups, by way of a pump"} {
 			bare, err := at.measure(func(prefix []string) ([]float64, error) {
 				self, err := os.Executable()
 				if err != nil {
@@ -368,8 +370,8 @@ func attach(socket string, k kind) (*producer, error) {
 	shape := ringtape.Shape{Mode: ring.ModeComplete, Spill: width << 13, Lanes: 1, // tensors fill it without a corner
 		RecordCapacity: 4096, CommandCapacity: 1024, SiteCapacity: 64, Payload: 64 << 20, Table: 1 << 20, Staging: 64 << 20}
 	mode := "complete"
-	if k.pumped {
-		shape.Mode, shape.Spill, mode = ring.ModeBestEffort, 0, "best-effort"
+	if k.best {
+		shape.Mode, mode = ring.ModeBestEffort, "best-effort"
 	}
 	made, err := ringtape.NewProducer(shape)
 	if err != nil {

@@ -1,7 +1,7 @@
 // Captures: for every tensor of a group, find room for the wanted rows, copy them there, say so in a record.
 //
-// Best-effort never waits: rows that find no room are booked as dropped(ring_full). Complete mode tries the payload ring, then
-// the spill region (for little, first), then waits for the engine; at its bound it books the rest as dropped(timeout).
+// What is little tries the spill region, then the payload ring. Best-effort never waits: rows that find no room are booked as
+// dropped(ring_full). Complete mode tries both for all else too, then waits for the engine; at its bound it books the rest as dropped(timeout).
 #include <algorithm>
 #include <cstring>
 
@@ -228,7 +228,7 @@ bool Capture::store_whole() {
 // Whether a record can be published and the site still have one to say that the rest was dropped.
 bool Capture::record_free() { return step_.left[site_] > later_ + 1 || lane_.free_records(1) >= 1; }
 
-bool Capture::little(uint64_t bytes) const { return ring_.complete() && ring_.spill_space_.capacity() != 0 && bytes <= kLittle; }
+bool Capture::little(uint64_t bytes) const { return bytes <= std::min(kLittle, ring_.spill_space_.capacity()); }
 
 bool Capture::take(Room& room, dmi_place place, uint64_t unit, uint64_t most, uint64_t least) {
   const Range range = (place == DMI_PLACE_RING ? ring_.payload_space_ : ring_.spill_space_).take(unit, most, least);
@@ -244,12 +244,12 @@ bool Capture::find(Room& room, uint64_t rows, uint64_t part) {
     room = {DMI_PLACE_RING, payload.head(), rows, 0};
     return true;
   }
-  if (!ring_.complete()) return take(room, DMI_PLACE_RING, row_bytes, rows, 1);
   const bool cornered = spill.capacity() != 0 && row_bytes > spill.to_end();
   const bool first = little(layout_.rows * row_bytes);  // the spill region comes first, every row of it that fits
   if (part == 0) {
     if (first && !cornered && take(room, DMI_PLACE_SPILL, row_bytes, rows, 1)) return true;
     if (first && cornered && find_part(room, DMI_PLACE_SPILL, part)) return true;
+    if (!ring_.complete()) return take(room, DMI_PLACE_RING, row_bytes, rows, 1);
     // What cannot fit goes in quarters of the ring, so that copying in and draining overlap.
     const bool large = rows > payload.capacity() / 2 / row_bytes;
     const uint64_t most = large ? std::max<uint64_t>(payload.capacity() / 4 / row_bytes, 1) : rows;

@@ -7,6 +7,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <bit>
 #include <string>
 
@@ -28,6 +29,12 @@ uint64_t region(const char* name, uint64_t bytes, uint64_t least, uint64_t most 
             std::to_string(most));
   }
   return pages(bytes);
+}
+
+// Complete mode has what it is given. Best-effort mode has a little on the CPU, for what is little: what finds no room there still has the payload ring.
+uint64_t spill_bytes(const dmi_ring_options& o) {
+  if (o.mode == DMI_MODE_COMPLETE) return o.spill_bytes;
+  return o.device < 0 ? std::min(o.spill_bytes, o.payload_bytes / 8) : 0;
 }
 
 uint32_t capacity(const char* name, uint32_t count, uint32_t least, uint32_t most) {
@@ -57,7 +64,7 @@ dmi_header plan(const dmi_ring_options& o) {
   h.payload_bytes = region("payload", o.payload_bytes, kPage);
   h.table_bytes = region("row tables", o.table_bytes, kPage, kLargestTable);
   h.staging_bytes = region("staging", o.staging_bytes, kPage);
-  h.spill_bytes = o.mode == DMI_MODE_COMPLETE ? region("spill", o.spill_bytes, 0) : 0;
+  h.spill_bytes = region("spill", spill_bytes(o), 0);
 
   uint64_t end = kPage;
   auto place = [&end](uint64_t bytes) {

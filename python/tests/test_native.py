@@ -251,7 +251,7 @@ def random_strides(x: torch.Tensor) -> torch.Tensor:
 
 def test_layouts() -> None:
     """Random shapes, roles, memory layouts, row lists, keys: the rows are those that indexing gives."""
-    ring = native.Ring(mode="best-effort", payload_mib=0.25, staging_mib=0.03, lanes=1)
+    ring = native.Ring(mode="best-effort", payload_mib=0.25, staging_mib=0.03, spill_mib=0, lanes=1)  # a record for each tensor
     consumer = Consumer(ring)
     whole = gathered = 0
     for step in range(400):
@@ -443,9 +443,10 @@ def test_modules_with_gradients_and_inference_mode(ring: native.Ring) -> None:
             assert torch.equal(layer.bias.grad, torch.full((4,), 3.0))
 
 
-def test_little_is_put_where_the_engine_reads_it() -> None:
-    """In complete mode it needs no copy command, in a region that is filled to its end and from its start again."""
-    ring = native.Ring(mode="complete", payload_mib=1, staging_mib=1, spill_mib=1 / 64, wait_bound_s=60)
+@pytest.mark.parametrize("mode", ["complete", "best-effort"])
+def test_little_is_put_where_the_engine_reads_it(mode: str) -> None:
+    """It needs no copy command, in a region that is filled to its end and from its start again."""
+    ring = native.Ring(mode=mode, payload_mib=1, staging_mib=1, spill_mib=1 / 64, wait_bound_s=60)
     consumer = Consumer(ring)
     site = ring.add_site("x", layer=None, space=TOKENS, roles=[ROW, INNER])
     try:
