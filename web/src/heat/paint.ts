@@ -58,7 +58,8 @@ function cellsOf(pixels: number, from: number, to: number, cells: number): { fir
   return { first, last };
 }
 
-const packed = ([r, g, b]: Colour) => (0xff000000 | (Math.round(b * 255) << 16) | (Math.round(g * 255) << 8) | Math.round(r * 255)) >>> 0;
+/** A colour as a pixel: little-endian, alpha first. */
+export const packed = ([r, g, b]: Colour) => (0xff000000 | (Math.round(b * 255) << 16) | (Math.round(g * 255) << 8) | Math.round(r * 255)) >>> 0;
 
 /** Paints what is in view. Where several cells share a pixel the greatest shows (of signed values, the farthest from 0), so that no outlier is lost between pixels. */
 export function paint(into: Pixels, grid: Grid, view: View, scale: Scale, paper: Colour, ink: Colour): void {

@@ -32,7 +32,7 @@ export function Attention({ address }: { address: Address }) {
   const first = Math.max(0, Math.min(Number(address.args['from'] ?? 0), Math.max(0, length - 1)));
   const site = patterns.find((s) => s.layer === layer)?.name ?? '';
   const heads = patterns.find((s) => s.layer === layer)?.row_shape?.[0] ?? 0;
-  const pictures = useAsked((signal) => (patterns.length ? getTensor('/thumbnails', { request: id, site: 'blocks.*.attn.hook_pattern' }, signal) : Promise.resolve(null)), [id, patterns.length, length]);
+  const pictures = useAsked((signal) => (patterns.length && length ? getTensor('/thumbnails', { request: id, site: 'blocks.*.attn.hook_pattern' }, signal) : Promise.resolve(null)), [id, patterns.length, length]);
   const large = useAsked(async (signal) => {
     if (!site || head >= heads || length === 0) return null;
     const tokens = `${first}:${Math.min(length, first + WINDOW)}`;

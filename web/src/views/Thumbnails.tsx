@@ -1,6 +1,7 @@
 // Every head of every layer as a small picture, to be chosen from with mouse or arrow keys.
 import { useEffect, useMemo, useRef, useState } from 'preact/hooks';
 import { table, themed } from '../colour';
+import { packed } from '../heat/paint';
 import type { Tensor } from '../engine';
 import { shortRow } from '../sites';
 
@@ -27,19 +28,18 @@ export function Thumbnails({ pictures, chosen, onChoose, describe }: { pictures:
       const style = getComputedStyle(element);
       draw.fillStyle = style.getPropertyValue('--paper');
       draw.fillRect(0, 0, element.width, element.height);
-      const colours = table('amount');
+      const colours = new Uint32Array(table('amount').buffer);
       const picture = new ImageData(side * scale, side * scale);
-      const blank = themed(element, '--line');
+      const pixels = new Uint32Array(picture.data.buffer);
+      const blank = packed(themed(element, '--line'));
       for (let site = 0; site < sites; site++) {
         for (let head = 0; head < heads; head++) {
           const at = (site * heads + head) * side * side;
-          for (let y = 0; y < side * scale; y++) {
-            for (let x = 0; x < side * scale; x++) {
-              const value = pictures.values[at + Math.floor(y / scale) * side + Math.floor(x / scale)] ?? NaN;
-              const to = 4 * (y * side * scale + x);
-              const colour = 4 * Math.round(Math.sqrt(Math.min(1, Math.max(0, value))) * 255);
-              for (let c = 0; c < 3; c++) picture.data[to + c] = Number.isNaN(value) ? (blank[c] ?? 0) * 255 : (colours[colour + c] ?? 0);
-              picture.data[to + 3] = 255;
+          for (let to = 0, y = 0; y < side * scale; y++) {
+            const line = at + Math.floor(y / scale) * side;
+            for (let x = 0; x < side * scale; x++, to++) {
+              const value = pictures.values[line + Math.floor(x / scale)] as number;
+              pixels[to] = Number.isNaN(value) ? blank : (colours[Math.round(Math.sqrt(Math.min(1, Math.max(0, value))) * 255)] as number);
             }
           }
           draw.putImageData(picture, LABEL + head * pitch, site * pitch);
