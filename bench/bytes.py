@@ -30,7 +30,7 @@ REQUESTS = 64
 def copied(session: dmi.Session) -> int:
     session.flush()
     (attached,) = [a for a in session._answering().get("/status")["attached"] if a["session"] == session.id]
-    return int(attached["copied_bytes"])
+    return int(attached["copied_bytes"]) + int(attached["spilled_bytes"])
 
 
 def run(model: Any, requests: int, prompt: int, new: int) -> None:

@@ -144,7 +144,7 @@ def test_a_budget_for_copies_is_held_by_levels_that_the_producer_gives(tmp_path:
 
         def copied() -> int:
             (attached,) = [a for a in session._answering().get("/status")["attached"] if a["session"] == session.id]
-            return int(attached["copied_bytes"])
+            return int(attached["copied_bytes"]) + int(attached["spilled_bytes"])
 
         with serving(model):
             until(lambda: session.policy.get()["rules"][0]["bytes_per_s"] or 0)
