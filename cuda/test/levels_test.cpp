@@ -241,7 +241,7 @@ class World {
     o.table_bytes = 256 << 10;
     o.staging_bytes = 64 << 10;
     o.spill_bytes = mode == DMI_MODE_COMPLETE ? 8 << 10 : 0;
-    o.wait_bound_ns = 20'000'000'000;
+    o.wait_bound_ns = 120'000'000'000;
     ring_ = dmi_ring_create(&o);
     CHECK(ring_ > 0);
     for (uint32_t i = 0; i < 24; ++i) {
