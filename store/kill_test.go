@@ -25,16 +25,23 @@ func TestKilledEngine(t *testing.T) {
 	}
 	random := seeded(t)
 	dir := filepath.Join(t.TempDir(), "store")
-	for life := range uint32(6) {
+	for life := range 6 {
 		command := exec.Command(os.Args[0], "-test.run", "^TestKilledEngine$")
 		command.Env = append(os.Environ(), killedStore+"="+dir)
 		out, err := command.StdoutPipe()
 		must(t, err)
 		must(t, command.Start())
-		var durable uint32
-		deadline := time.AfterFunc(time.Duration(200+random.IntN(800))*time.Millisecond, func() { command.Process.Kill() })
+		var session, durable uint32 // which session it is, and what of it: none, where it was killed before that
+		deadline := time.AfterFunc(time.Minute, func() { command.Process.Kill() })
+		moment := time.Duration(200+random.IntN(800)) * time.Millisecond
+		if life%2 == 0 {
+			deadline.Reset(moment)
+		}
 		for lines := bufio.NewScanner(out); lines.Scan(); {
-			fmt.Sscanf(lines.Text(), "durable %d", &durable)
+			if life%2 == 1 && session == 0 { // not before it works, however long that takes
+				deadline.Reset(moment)
+			}
+			fmt.Sscanf(lines.Text(), "session %d durable %d", &session, &durable)
 		}
 		command.Wait()
 		deadline.Stop()
@@ -42,10 +49,11 @@ func TestKilledEngine(t *testing.T) {
 			t.Fatalf("the engine was not killed, it ended: %v", command.ProcessState)
 		}
 		r, err := OpenReadOnly(dir)
-		if err != nil {
+		if err != nil && session == 0 {
 			continue // killed before there was a store
 		}
-		survives(t, r, life+1, durable)
+		must(t, err)
+		survives(t, r, session, durable)
 		must(t, r.Close())
 	}
 	s := mustOpen(t, dir, Options{})
@@ -68,6 +76,7 @@ func beKilled(dir string) error {
 	if err := s.AddSites(session, []tensor.Site{{Name: "a"}, {ID: 1, Name: "b"}}); err != nil {
 		return err
 	}
+	fmt.Printf("session %d durable 0\n", session)
 	key := tensor.RequestKey{Session: session, Request: 1}
 	for step := uint64(0); ; step++ {
 		first := uint32(step) * 16
@@ -91,7 +100,7 @@ func beKilled(dir string) error {
 			if err := s.Barrier(context.Background()); err != nil {
 				return err
 			}
-			fmt.Println("durable", first+16)
+			fmt.Printf("session %d durable %d\n", session, first+16)
 		}
 	}
 }
