@@ -152,7 +152,7 @@ func TestRandomFaults(t *testing.T) {
 }
 
 func randomFaults(t *testing.T) {
-	const patience = 30 * time.Second
+	const patience = time.Minute
 	random := seeded(t)
 	mem := vfs.NewMem()
 	disk := &troubled{FS: mem, random: rand.New(rand.NewPCG(random.Uint64(), 1))}
@@ -186,7 +186,8 @@ func randomFaults(t *testing.T) {
 		must(t, l.barrier())
 		known := l.next[3]
 		kinds := [][3]int{{30, 0, 0}, {0, 30, 0}, {0, 0, 60}, {10, 10, 20}}
-		disk.sicken(kinds[(episode+1)%len(kinds)])
+		odds := kinds[(episode+1)%len(kinds)]
+		disk.sicken(odds)
 		loaded := make(chan error, 1)
 		seed := random.Uint64()
 		go func() {
@@ -211,7 +212,11 @@ func randomFaults(t *testing.T) {
 		}()
 		var over error
 		ended := false
-		for until := time.Now().Add(200 * time.Millisecond); disk.hanging() == 0 && !ended && time.Now().Before(until); {
+		moment := 200 * time.Millisecond
+		if odds[1] > 0 {
+			moment = patience // until something hangs, or nothing did
+		}
+		for until := time.Now().Add(moment); disk.hanging() == 0 && !ended && time.Now().Before(until); {
 			select {
 			case over = <-loaded:
 				ended = true
@@ -275,8 +280,12 @@ func randomFaults(t *testing.T) {
 		must(t, l.barrier())
 		l.check(s, all)
 		balanced(t, s, l.produced)
-		if m := s.Stats(); m.Failure != "" || m.Stalled > patience {
-			t.Errorf("the disk works again, and the store says %q, %v", m.Failure, m.Stalled)
+		for begun := time.Now(); s.Stats().Failure != ""; { // what takes a while on a busy machine is said to hang, too, until something was written
+			if time.Since(begun) > patience {
+				t.Fatalf("the disk works again, and the store says %q", s.Stats().Failure)
+			}
+			must(t, l.forward(1, 3))
+			must(t, l.barrier())
 		}
 	}
 	codes := map[any]int{}

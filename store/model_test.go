@@ -183,7 +183,7 @@ func (l *load) book(e tensor.Entry) error {
 
 func (l *load) try(do func() error) error {
 	err := do()
-	for begun := time.Now(); err != nil && l.patient && time.Since(begun) < 30*time.Second; err = do() {
+	for begun := time.Now(); err != nil && l.patient && time.Since(begun) < time.Minute; err = do() {
 		time.Sleep(time.Millisecond)
 	}
 	return err
