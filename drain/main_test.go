@@ -3,7 +3,7 @@ package drain_test
 import (
 	"testing"
 
-	"go.uber.org/goleak"
+	"dmi/internal/leaks"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) { leaks.Main(m) }

@@ -9,11 +9,12 @@ import (
 	"sync/atomic"
 	"testing"
 
-	"go.uber.org/goleak"
 	"pgregory.net/rapid"
+
+	"dmi/internal/leaks"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) { leaks.Main(m) }
 
 // However a sketch was merged, its quantiles are within 1/128 of those of the sorted data, and its histogram's counts are exact.
 func TestSketchAgainstSortedData(t *testing.T) {

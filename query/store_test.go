@@ -12,15 +12,15 @@ import (
 	"testing"
 	"time"
 
+	"dmi/internal/leaks"
 	"dmi/ring"
 	"dmi/store"
 	"dmi/tensor"
 
-	"go.uber.org/goleak"
 	"pgregory.net/rapid"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) { leaks.Main(m) }
 
 // step is what the engine appends of one forward: an OPEN record and the row table of its requests' tokens.
 func (w *world) step(number uint64, index uint64) store.Step {

@@ -9,13 +9,14 @@ import (
 	"go.uber.org/goleak"
 	"pgregory.net/rapid"
 
+	"dmi/internal/leaks"
 	"dmi/internal/vfs"
 	"dmi/ring"
 	"dmi/tensor"
 )
 
 func TestMain(m *testing.M) {
-	goleak.VerifyTestMain(m, goleak.IgnoreTopFunction("database/sql.(*DB).connectionOpener"))
+	leaks.Main(m, goleak.IgnoreTopFunction("database/sql.(*DB).connectionOpener"))
 }
 
 func drawEntry(t *rapid.T) tensor.Entry {

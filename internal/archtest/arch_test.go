@@ -35,6 +35,7 @@ var edges = map[string][]string{
 	"serve":                {"control", "inspect", "live", "policy", "query", "serve/audit", "steer", "store", "tensor"},
 	"internal/ringtape":    {"control", "ring", "tensor"},
 	"internal/samplestore": {"ring", "store", "tensor"},
+	"internal/leaks":       {},
 	"internal/archtest":    {},
 }
 

@@ -15,12 +15,11 @@ import (
 	"testing"
 	"time"
 
+	"dmi/internal/leaks"
 	"dmi/internal/vfs"
-
-	"go.uber.org/goleak"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) { leaks.Main(m) }
 
 // told collects what a Log tells the operator.
 type told struct {
