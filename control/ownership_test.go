@@ -6,7 +6,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"dmi/internal/ringtape"
 	"dmi/store"
@@ -19,7 +18,7 @@ func end(t *testing.T, p *ringtape.Producer, c *ringtape.Client) (codes []string
 	p.Finish()
 	c.Send(map[string]any{"type": "bye"})
 	for {
-		m, err := c.Receive(10 * time.Second)
+		m, err := c.Receive(patience)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -47,7 +46,7 @@ func TestNamesBelongToWhoeverBeganThem(t *testing.T) {
 	vc.Send(requests(map[string]any{"request": 1, "id": "r00000001.0", "run": "r00000001", "tags": []string{"mine"}, "tokens": []int{7}},
 		map[string]any{"request": 2, "id": "chatcmpl-9", "run": "r00000001"}))
 	vc.Send(map[string]any{"type": "barrier", "id": "b", "steps": map[string]any{}})
-	if _, err := vc.Expect("durable", 10*time.Second); err != nil {
+	if _, err := vc.Expect("durable", patience); err != nil {
 		t.Fatal(err)
 	}
 
@@ -123,7 +122,7 @@ func TestASessionBelongsToItsProducer(t *testing.T) {
 			if err := conn.Hello(body, p.FDs[:]...); err != nil {
 				t.Fatal(err)
 			}
-			if m, err := conn.Expect("welcome", 5*time.Second); err == nil || !strings.Contains(fmt.Sprint(m["message"]), "s000000aa") {
+			if m, err := conn.Expect("welcome", patience); err == nil || !strings.Contains(fmt.Sprint(m["message"]), "s000000aa") {
 				t.Errorf("%s, resume %v: %v %v", when, resume, m, err)
 			}
 		}

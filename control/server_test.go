@@ -13,16 +13,18 @@ import (
 	"time"
 
 	"dmi/control"
+	"dmi/internal/leaks"
 	"dmi/internal/ringtape"
 	"dmi/ring"
 	"dmi/store"
 	"dmi/tensor"
 
-	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) { leaks.Main(m) }
+
+const patience = time.Minute // with what takes a moment
 
 // rig is a real store behind a real control socket.
 type rig struct {
@@ -47,7 +49,7 @@ func (r *rig) open(change func(*control.Options)) {
 	if r.store, err = store.Open(filepath.Join(r.dir, "store"), store.Options{GroupCommit: time.Millisecond}); err != nil {
 		r.Fatal(err)
 	}
-	o := control.Options{Store: r.store, Engine: "e00000001", Version: "test", StorePath: r.dir, StopGrace: 300 * time.Millisecond}
+	o := control.Options{Store: r.store, Engine: "e00000001", Version: "test", StorePath: r.dir, StopGrace: patience}
 	if change != nil {
 		change(&o)
 	}
@@ -68,7 +70,7 @@ func (r *rig) open(change func(*control.Options)) {
 			if err != nil {
 				r.Error("serve:", err)
 			}
-		case <-time.After(20 * time.Second):
+		case <-time.After(patience):
 			r.Fatal("the server does not stop")
 		}
 		if err := r.store.Close(); err != nil {
@@ -127,7 +129,7 @@ func (r *rig) attach(p *ringtape.Producer, session string, change func(map[strin
 	if err := c.Hello(body, p.FDs[:]...); err != nil {
 		r.Fatal(err)
 	}
-	if _, err := c.Expect("welcome", 5*time.Second); err != nil {
+	if _, err := c.Expect("welcome", patience); err != nil {
 		r.Fatal(err)
 	}
 	return c
@@ -137,7 +139,7 @@ func publish(t testing.TB, lane *ringtape.ProducerLane, v interface{ Encode([]by
 	t.Helper()
 	var b [ring.RecordSize]byte
 	v.Encode(b[:])
-	if err := lane.Publish(b[:], time.Now().Add(5*time.Second)); err != nil {
+	if err := lane.Publish(b[:], time.Now().Add(patience)); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -146,7 +148,7 @@ func publish(t testing.TB, lane *ringtape.ProducerLane, v interface{ Encode([]by
 func open(t testing.TB, lane *ringtape.ProducerLane, step, request uint64, position, rows, sites uint32) {
 	t.Helper()
 	table := ringtape.EncodeTable(step, []ring.Span{{Request: request, Count: rows, Position: position}}, 0, [3]uint32{}, true)
-	at, err := lane.WriteTable(table, time.Now().Add(5*time.Second))
+	at, err := lane.WriteTable(table, time.Now().Add(patience))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -161,7 +163,7 @@ func capture(t testing.TB, p *ringtape.Producer, lane *ringtape.ProducerLane, ra
 		data[i] = byte(random.Uint32())
 	}
 	at, ok := p.WritePayload(ring.PlaceRing, data)
-	for deadline := time.Now().Add(5 * time.Second); !ok && time.Now().Before(deadline); at, ok = p.WritePayload(ring.PlaceRing, data) {
+	for deadline := time.Now().Add(patience); !ok && time.Now().Before(deadline); at, ok = p.WritePayload(ring.PlaceRing, data) {
 		time.Sleep(time.Millisecond)
 	}
 	if !ok {
@@ -224,12 +226,11 @@ func (r *rig) wantBooks(want map[string]uint64) {
 
 func (r *rig) waitNoSessions() {
 	r.Helper()
-	for deadline := time.Now().Add(10 * time.Second); len(r.server.Sessions()) > 0; time.Sleep(5 * time.Millisecond) {
+	for deadline := time.Now().Add(patience); len(r.server.Sessions()) > 0; time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			r.Fatal("a session does not end")
 		}
 	}
-	time.Sleep(50 * time.Millisecond)
 }
 
 func TestASessionFromHelloToBye(t *testing.T) {
@@ -261,7 +262,7 @@ func TestASessionFromHelloToBye(t *testing.T) {
 		closeStep(t, lane, step, 2)
 	}
 	c.Send(map[string]any{"type": "barrier", "id": "b1", "steps": map[string]uint64{"1": 20}})
-	m, err := c.Expect("durable", 10*time.Second)
+	m, err := c.Expect("durable", patience)
 	if err != nil || m["id"] != "b1" || m["error"] != "" {
 		t.Fatal(m, err)
 	}
@@ -278,7 +279,7 @@ func TestASessionFromHelloToBye(t *testing.T) {
 	c.Send(map[string]any{"type": "request_end", "request": 7, "reason": "finished", "step": 20, "ended_unix_ns": 9})
 	p.Finish()
 	c.Send(map[string]any{"type": "bye"})
-	if _, err := c.Expect("bye", 10*time.Second); err != nil {
+	if _, err := c.Expect("bye", patience); err != nil {
 		t.Fatal(err)
 	}
 	r.waitNoSessions()
@@ -302,7 +303,7 @@ func TestASessionFromHelloToBye(t *testing.T) {
 
 // A producer that is killed: what is published and copied is kept, what an open step still owed is lost(producer_exit), and it may come back.
 func TestHangUpAndResume(t *testing.T) {
-	r := newRig(t, nil)
+	r := newRig(t, func(o *control.Options) { o.StopGrace = 300 * time.Millisecond })
 	random := rand.New(rand.NewPCG(3, 4))
 	p := r.producer(small)
 	c := r.attach(p, "s0000000b", nil)
@@ -340,7 +341,7 @@ func TestHangUpAndResume(t *testing.T) {
 	}
 	p.Finish()
 	c.Send(map[string]any{"type": "bye"})
-	if _, err := c.Expect("bye", 10*time.Second); err != nil {
+	if _, err := c.Expect("bye", patience); err != nil {
 		t.Fatal(err)
 	}
 	if got := r.read(1, 3, 0, 74); !bytes.Equal(got, want) {
@@ -359,7 +360,7 @@ func payloadUsed(p *ringtape.Producer) (uint64, uint64) {
 
 // The engine stops in the middle of a step and another takes over: no record is taken twice, none is forgotten, nothing is stuck.
 func TestAnotherEngineTakesOver(t *testing.T) {
-	r := newRig(t, nil)
+	r := newRig(t, func(o *control.Options) { o.StopGrace = 300 * time.Millisecond }) // for the step that stays open
 	random := rand.New(rand.NewPCG(5, 6))
 	p := r.producer(small)
 	c := r.attach(p, "s0000000c", nil)
@@ -371,7 +372,7 @@ func TestAnotherEngineTakesOver(t *testing.T) {
 	capture(t, p, lane, random, 2, 0, 3)
 	r.server.Flush(context.Background())
 	r.stop()
-	if _, err := c.Expect("bye", 5*time.Second); err == nil || !strings.Contains(err.Error(), "connect again when it is back") {
+	if _, err := c.Expect("bye", patience); err == nil || !strings.Contains(err.Error(), "connect again when it is back") {
 		t.Error("the producer was told:", err)
 	}
 	capture(t, p, lane, random, 2, 1, 3) // while nobody is there
@@ -384,7 +385,7 @@ func TestAnotherEngineTakesOver(t *testing.T) {
 	c = r.attach(p, "s0000000c", func(h map[string]any) { h["resume"] = true })
 	p.Finish()
 	c.Send(map[string]any{"type": "bye"})
-	if _, err := c.Expect("bye", 10*time.Second); err != nil {
+	if _, err := c.Expect("bye", patience); err != nil {
 		t.Fatal(err)
 	}
 	r.wantBooks(map[string]uint64{"captured ": 2 + 3 + 2, "lost not_fired": 2, "lost engine_exit": 3})
@@ -452,7 +453,7 @@ func TestRefusals(t *testing.T) {
 			if err := conn.Hello(body, c.fds...); err != nil {
 				t.Fatal(err)
 			}
-			m, err := conn.Expect("welcome", 5*time.Second)
+			m, err := conn.Expect("welcome", patience)
 			if err == nil {
 				t.Fatal("it was welcomed")
 			}
@@ -465,7 +466,7 @@ func TestRefusals(t *testing.T) {
 	c := r.attach(p, "s0000000d", func(h map[string]any) { h["token"] = "secret" })
 	p.Finish()
 	c.Send(map[string]any{"type": "bye"})
-	if _, err := c.Expect("bye", 10*time.Second); err != nil {
+	if _, err := c.Expect("bye", patience); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -512,7 +513,7 @@ func TestLiarsAffectNobodyElse(t *testing.T) {
 		work()
 		lie(p, c)
 		work()
-		if m, err := c.Expect("bye", 10*time.Second); err == nil {
+		if m, err := c.Expect("bye", patience); err == nil {
 			t.Errorf("lie %d: answered %v", i, m)
 		}
 		c.Close()
@@ -520,7 +521,7 @@ func TestLiarsAffectNobodyElse(t *testing.T) {
 	}
 	honest.Finish()
 	hc.Send(map[string]any{"type": "bye"})
-	if _, err := hc.Expect("bye", 10*time.Second); err != nil {
+	if _, err := hc.Expect("bye", patience); err != nil {
 		t.Fatal(err)
 	}
 	if got := r.read(1, 1, 0, uint32(step)); !bytes.Equal(got, want) {
@@ -550,7 +551,7 @@ func TestSitesThatAGPUGivesInFullAreTold(t *testing.T) {
 	gates(1, 0)
 	gates(2, 1)
 	gates(3, 1)
-	event, err := c.Expect("event", 5*time.Second)
+	event, err := c.Expect("event", patience)
 	if err != nil || !strings.Contains(fmt.Sprint(event), "revision 2 of the policy: on a GPU, 1 of 2 sites come in full") {
 		t.Fatal(event, err)
 	}

@@ -73,7 +73,7 @@ func newOffering(t *testing.T, o drain.Options) *offering {
 
 func (x *offering) step(number uint64, content byte) {
 	x.Helper()
-	l, until := x.p.Lanes[0], time.Now().Add(10*time.Second)
+	l, until := x.p.Lanes[0], time.Now().Add(patience)
 	spans := []ring.Span{{Request: 1, Count: 2}, {Request: 2, First: 2, Count: 2}}
 	table := ringtape.EncodeTable(number, spans, 0, [ring.Spaces]uint32{4}, true)
 	at, err := l.WriteTable(table, until)
@@ -114,7 +114,7 @@ func (x *offering) next(want drain.Kind) drain.Item {
 			x.Fatalf("kind %d came, want %d", i.Kind, want)
 		}
 		return i
-	case <-time.After(20 * time.Second):
+	case <-time.After(patience):
 		x.Fatalf("kind %d does not come", want)
 	}
 	panic("unreachable")
@@ -133,13 +133,13 @@ func (x *offering) offer() *drain.Offer {
 func (x *offering) finish() {
 	x.Helper()
 	x.p.Finish()
-	x.d.Finish(tensor.ProducerExit, time.Second)
+	x.d.Finish(tensor.ProducerExit, patience)
 	select {
 	case err := <-x.ended:
 		if err != nil {
 			x.Error(err)
 		}
-	case <-time.After(20 * time.Second):
+	case <-time.After(patience):
 		x.Fatal("the drain does not end")
 	}
 	head := atomic.LoadUint64(x.p.Control(ring.ControlPayloadTailOffset))
@@ -150,7 +150,7 @@ func (x *offering) finish() {
 
 // Of what is offered only that is copied which is asked for, while later steps go by.
 func TestOffersAreCopiedOnlyWhereTheyAreWanted(t *testing.T) {
-	x := newOffering(t, drain.Options{})
+	x := newOffering(t, drain.Options{HoldTime: time.Hour})
 	const figures = 4 * 32
 	x.step(1, 10)
 	first := x.offer()
@@ -184,7 +184,7 @@ func TestOffersDoNotHoldTheRingUp(t *testing.T) {
 				x.step(i, 30)
 				offers = append(offers, x.offer())
 				if name == "time" {
-					for until := time.Now().Add(20 * time.Second); x.d.Status().Expired < 4*(i+1) && time.Now().Before(until); {
+					for until := time.Now().Add(patience); x.d.Status().Expired < 4*(i+1) && time.Now().Before(until); {
 						time.Sleep(time.Millisecond)
 					}
 				}
@@ -207,7 +207,7 @@ func TestOffersDoNotHoldTheRingUp(t *testing.T) {
 // A producer that offers what cannot be one is refused, and the step goes on being whole: what it owes is lost.
 func TestOffersThatLie(t *testing.T) {
 	x := newOffering(t, drain.Options{})
-	l, until := x.p.Lanes[0], time.Now().Add(10*time.Second)
+	l, until := x.p.Lanes[0], time.Now().Add(patience)
 	table := ringtape.EncodeTable(1, []ring.Span{{Request: 1, Count: 1}}, 0, [ring.Spaces]uint32{1}, true)
 	at, err := l.WriteTable(table, until)
 	if err != nil {

@@ -77,11 +77,13 @@ func (e *resumed) settle() {
 	}
 }
 
+const patience = time.Minute // with what takes a moment
+
 const tableBytes = ring.TableSize + ring.SpanSize // of one span
 
 func publishRows(t *testing.T, p *ringtape.Producer, lane int, step, payload, bytes uint64) {
 	t.Helper()
-	l, until := p.Lanes[lane], time.Now().Add(10*time.Second)
+	l, until := p.Lanes[lane], time.Now().Add(patience)
 	table := ringtape.EncodeTable(step, []ring.Span{{Request: 1, Count: 1}}, 0, [ring.Spaces]uint32{1}, true)
 	at, err := l.WriteTable(table, until)
 	if err != nil {

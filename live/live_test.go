@@ -12,12 +12,11 @@ import (
 	"testing"
 	"time"
 
+	"dmi/internal/leaks"
 	"dmi/tensor"
-
-	"go.uber.org/goleak"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) { leaks.Main(m) }
 
 // world is the names of two sessions with three sites each.
 type world struct{}
@@ -49,7 +48,7 @@ func chunk(session uint32, request uint64, site, first uint32, rows ...[]float32
 
 func take(t *testing.T, s *Subscription) Batch {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	b, err := s.Next(ctx)
 	if err != nil {

@@ -73,7 +73,7 @@ func newTraffic(seed uint64, mode uint32, shape ringtape.Shape) (*traffic, error
 		return nil, err
 	}
 	t := &traffic{Rand: rand.New(rand.NewPCG(seed, 7)), p: p, complete: mode == ring.ModeComplete, want: map[rowKey]fate{}, drafts: map[*ringtape.ProducerLane][]ring.Span{}, loose: map[fate]uint64{}, next: 1,
-		deadline: 8 * time.Second}
+		deadline: time.Minute}
 	const R, I, K = ring.RoleRow, ring.RoleInner, ring.RoleKey
 	t.add("resid", tensor.BF16, ring.SpaceTokens, 0, []uint8{R, R, I}, 1+t.IntN(40))
 	t.add("q", tensor.F32, ring.SpaceTokens, 0, []uint8{R, R, I, I}, 1+t.IntN(3), 1+t.IntN(8))

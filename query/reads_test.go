@@ -42,7 +42,7 @@ func (m *meeting) ReadRows(ref store.ChunkRef, from, to uint32, dst []byte) erro
 	}()
 	select {
 	case <-m.arrived:
-	case <-time.After(30 * time.Second):
+	case <-time.After(time.Minute):
 		return fmt.Errorf("nobody else reads")
 	}
 	return m.Source.ReadRows(ref, from, to, dst)

@@ -45,7 +45,7 @@ func recorded(t *testing.T, dir string) (all []audit.Entry) {
 // waitRecorded waits for so many lines: the end of a read is recorded after its last byte is on its way.
 func waitRecorded(t *testing.T, dir string, lines int) []audit.Entry {
 	t.Helper()
-	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(2 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(2 * time.Millisecond) {
 		all := recorded(t, dir)
 		if len(all) >= lines {
 			return all

@@ -125,7 +125,7 @@ func TestStalledReaderIsCutOff(t *testing.T) {
 		t.Fatal(err)
 	}
 	wide := tensor.Chunk{Key: w.requests[0].Key, Site: 1, Rows: 1, DType: tensor.F32, Shape: []int{1 << 18}, Data: make([]byte, 1<<20)}
-	deadline := time.Now().Add(20 * time.Second)
+	deadline := time.Now().Add(time.Minute)
 	for w.hub.Metrics().Subscribers == 0 && time.Now().Before(deadline) {
 		time.Sleep(time.Millisecond)
 	}
@@ -143,7 +143,7 @@ func TestStalledReaderIsCutOff(t *testing.T) {
 	if m.DroppedRows == 0 {
 		t.Error("nothing was counted as dropped")
 	}
-	if slowest > 10*time.Second {
+	if slowest > 20*time.Second {
 		t.Errorf("publishing once took %v", slowest)
 	}
 }
@@ -176,7 +176,7 @@ func TestSlowReaderIsTold(t *testing.T) {
 		if end < 0 {
 			continue
 		}
-		for _, e := range sse(t, text[:end]) {
+		for _, e := range sse(t, text[:end+2]) {
 			switch e.name {
 			case "stats":
 				var lines []json.RawMessage
@@ -251,7 +251,7 @@ func TestBodiesAreRefused(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer connection.Close()
-		connection.SetDeadline(time.Now().Add(10 * time.Second))
+		connection.SetDeadline(time.Now().Add(time.Minute))
 		fmt.Fprintf(connection, "POST /v1/flush HTTP/1.1\r\nHost: localhost\r\n%sContent-Length: 1000\r\n\r\nx", token)
 		text, err := io.ReadAll(connection)
 		if err != nil || !strings.HasPrefix(string(text), "HTTP/1.1 "+want) {

@@ -6,6 +6,7 @@ import (
 	"testing"
 	"time"
 
+	"dmi/internal/leaks"
 	"dmi/internal/samplestore"
 	"dmi/internal/vfs"
 	"dmi/live"
@@ -15,12 +16,10 @@ import (
 	"dmi/store"
 	"dmi/tensor"
 	"dmi/trigger"
-
-	"go.uber.org/goleak"
 )
 
 func TestMain(m *testing.M) {
-	goleak.VerifyTestMain(m)
+	leaks.Main(m)
 }
 
 // served is a server over a real store with the sample in it, and a live hub.
@@ -62,7 +61,7 @@ func newWorld(t *testing.T) *served {
 	}
 	w := &served{Sample: sample, requests: sample.Requests, store: s, auditDir: filepath.Join(t.TempDir(), "audit"), hub: live.NewHub(sampleNames{sample}, live.Options{QueueFrames: 8})}
 	t.Cleanup(w.hub.Close)
-	log, err := audit.Open(vfs.OS{}, w.auditDir, audit.Options{Engine: "e00000001"})
+	log, err := audit.Open(vfs.OS{}, w.auditDir, audit.Options{Engine: "e00000001", Wait: time.Minute})
 	if err != nil {
 		t.Fatal(err)
 	}

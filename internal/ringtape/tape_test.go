@@ -16,16 +16,16 @@ import (
 	"time"
 
 	"dmi/control"
+	"dmi/internal/leaks"
 	"dmi/internal/ringtape"
 	"dmi/ring"
 	"dmi/store"
 	"dmi/tensor"
 
 	"github.com/google/go-cmp/cmp"
-	"go.uber.org/goleak"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) { leaks.Main(m) }
 
 // engine is the engine's whole way in, with a store of its own.
 func engine(t *testing.T, recorder control.Recorder) (*store.Store, string, func()) {
@@ -35,7 +35,7 @@ func engine(t *testing.T, recorder control.Recorder) (*store.Store, string, func
 	if err != nil {
 		t.Fatal(err)
 	}
-	server := control.New(control.Options{Store: s, Recorder: recorder, StopGrace: 300 * time.Millisecond})
+	server := control.New(control.Options{Store: s, Recorder: recorder, StopGrace: time.Minute})
 	socket := filepath.Join(dir, "engine.sock")
 	listener, err := net.Listen("unix", socket)
 	if err != nil {
