@@ -3,7 +3,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"io"
 	"log/slog"
@@ -99,7 +98,7 @@ func get(t testing.TB, socket, path string) (status int, text string) {
 	transport := &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, "unix", socket)
 	}}
-	client := http.Client{Transport: transport, Timeout: 10 * time.Second}
+	client := http.Client{Transport: transport, Timeout: patience}
 	answer, err := client.Get("http://localhost" + path)
 	if err != nil {
 		t.Fatalf("%s: %v", path, err)
@@ -112,10 +111,10 @@ func get(t testing.TB, socket, path string) (status int, text string) {
 	return answer.StatusCode, string(body)
 }
 
-// recentEvents is what an engine has told of late.
+// recentEvents is what an engine has told of late, as much as comes within a moment.
 func recentEvents(t testing.TB, socket string) string {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://localhost/v1/live/events", nil)
 	if err != nil {
@@ -129,8 +128,15 @@ func recentEvents(t testing.TB, socket string) string {
 		t.Fatal(err)
 	}
 	defer answer.Body.Close()
+	defer time.AfterFunc(200*time.Millisecond, cancel).Stop()
 	text, _ := io.ReadAll(answer.Body) // until the time is up
 	return string(text)
+}
+
+// whole says whether an event of a code is there, to its end.
+func whole(events, code string) bool {
+	_, after, is := strings.Cut(events, `"`+code+`"`)
+	return is && strings.Contains(after, "\n")
 }
 
 // metricOf is a metric without labels; NaN: there is none.
@@ -162,23 +168,24 @@ func TestDisksThatBreak(t *testing.T) {
 		metrics map[string]float64
 		event   string
 		advises string // the event
+		stall   string // seconds that an operation may take
 	}{
-		{"full", refuse(syscall.ENOSPC), "free space", map[string]float64{"dmi_store_failing": 1, "dmi_store_failures_total": 1}, "store_write", "free space"},
-		{"read-only", refuse(syscall.EROFS), "read-only", map[string]float64{"dmi_store_failing": 1, "dmi_store_failures_total": 1}, "store_write", "mount the file system for writing"},
-		{"failing", refuse(syscall.EIO), "dmesg", map[string]float64{"dmi_store_failing": 1, "dmi_store_failures_total": 1}, "store_write", "dmesg"},
+		{"full", refuse(syscall.ENOSPC), "free space", map[string]float64{"dmi_store_failing": 1, "dmi_store_failures_total": 1}, "store_write", "free space", "60"},
+		{"read-only", refuse(syscall.EROFS), "read-only", map[string]float64{"dmi_store_failing": 1, "dmi_store_failures_total": 1}, "store_write", "mount the file system for writing", "60"},
+		{"failing", refuse(syscall.EIO), "dmesg", map[string]float64{"dmi_store_failing": 1, "dmi_store_failures_total": 1}, "store_write", "dmesg", "60"},
 		{"slow", func(<-chan struct{}) func() error {
 			return func() error { time.Sleep(250 * time.Millisecond); return nil }
-		}, "", map[string]float64{"dmi_store_durable_lag_seconds": 0.4}, "store_lag", "give the store a faster disk"},
+		}, "", map[string]float64{"dmi_store_durable_lag_seconds": 0.4}, "store_lag", "give the store a faster disk", "60"},
 		{"hung", func(mended <-chan struct{}) func() error {
 			return func() error { <-mended; return nil }
-		}, "iostat", map[string]float64{"dmi_store_failing": 1, "dmi_store_failures_total": 1, "dmi_store_stalled_seconds": 0.7}, "store_write", "iostat"},
+		}, "iostat", map[string]float64{"dmi_store_failing": 1, "dmi_store_failures_total": 1, "dmi_store_stalled_seconds": 0.7}, "store_write", "iostat", "0.7"},
 	} {
 		for mode, name := range map[uint32]string{ring.ModeComplete: "complete", ring.ModeBestEffort: "best-effort"} {
 			t.Run(c.name+"/"+name, func(t *testing.T) {
 				t.Parallel() // they mostly wait
 				dir := storeDir(t)
 				disk := &brokenDisk{FS: vfs.OS{}}
-				e := startOn(t, dir, disk)
+				e := startOn(t, dir, disk, "store.stall_after_s", c.stall)
 				p := newProducer(t, "s000000d1", mode)
 				p.must(p.attach(e.Control, "", false))
 				for range 20 {
@@ -205,8 +212,9 @@ func TestDisksThatBreak(t *testing.T) {
 				for metric, least := range c.metrics {
 					waitFor(t, func() bool { publish(); return metricOf(t, e.HTTPUnix, metric) >= least })
 				}
-				waitFor(t, func() bool { return strings.Contains(recentEvents(t, e.HTTPUnix), `"`+c.event+`"`) })
-				if events := recentEvents(t, e.HTTPUnix); !strings.Contains(events, c.advises) {
+				events := ""
+				waitFor(t, func() bool { events = recentEvents(t, e.HTTPUnix); return whole(events, c.event) })
+				if !strings.Contains(events, c.advises) {
 					t.Errorf("no event says %q:\n%s", c.advises, events)
 				}
 				if status, text := get(t, e.HTTPUnix, "/readyz"); c.says != "" && (status != http.StatusServiceUnavailable || !strings.Contains(text, c.says)) {
@@ -247,7 +255,7 @@ func TestDisksThatBreak(t *testing.T) {
 func TestStopWhileTheDiskHangs(t *testing.T) {
 	dir := storeDir(t)
 	disk := &brokenDisk{FS: vfs.OS{}}
-	e := startOn(t, dir, disk, "stop_timeout_s", "1")
+	e := startOn(t, dir, disk, "stop_timeout_s", "1", "store.stall_after_s", "0.7")
 	p := newProducer(t, "s000000d2", ring.ModeBestEffort)
 	p.must(p.attach(e.Control, "", false))
 	p.must(p.forward(3))
@@ -297,13 +305,13 @@ func waitDetached(e *running, p *producer) error {
 func startOn(t testing.TB, dir string, files vfs.FS, pairs ...string) *running {
 	t.Helper()
 	config, err := loadConfig("", nil, flagLayer(append([]string{"store.path", dir, "store.flush_age_ms", "20", "store.sync_age_ms", "30", "store.group_commit_ms", "5",
-		"store.segment_age_s", "0.3", "store.stall_after_s", "0.7", "store.lag_after_s", "0.4"}, pairs...)...))
+		"store.segment_age_s", "0.3", "store.lag_after_s", "0.4"}, pairs...)...))
 	if err != nil {
 		t.Fatal(err)
 	}
 	config.files = files
 	ctx, stop := context.WithCancel(context.Background())
-	r := &running{log: &bytes.Buffer{}, stop: stop, done: make(chan error, 1)}
+	r := &running{log: &logText{}, stop: stop, done: make(chan error, 1)}
 	ready := make(chan announcement, 1)
 	go func() {
 		r.done <- runEngine(ctx, config, slog.New(slog.NewTextHandler(r.log, nil)), func(a announcement) error {

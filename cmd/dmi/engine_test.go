@@ -25,12 +25,12 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
+	"dmi/internal/leaks"
 	"dmi/ring"
-
-	"go.uber.org/goleak"
 )
 
 func TestMain(m *testing.M) {
@@ -38,16 +38,34 @@ func TestMain(m *testing.M) {
 		main()
 	}
 	introduction = patience // where everything is slow, so may be who reads the socket
-	goleak.VerifyTestMain(m)
+	leaks.Main(m)
 }
 
 // running is an engine in this process, as `dmi serve` runs it.
 type running struct {
 	announcement
-	log  *bytes.Buffer // to be read after done
+	log  *logText
 	stop context.CancelFunc
 	done chan error
 	over bool
+}
+
+// logText is what an engine has logged so far.
+type logText struct {
+	mu   sync.Mutex
+	text bytes.Buffer
+}
+
+func (l *logText) Write(b []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.Write(b)
+}
+
+func (l *logText) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.String()
 }
 
 // startEngine runs an engine over a store with configuration KEY, VALUE, ...
@@ -58,7 +76,7 @@ func startEngine(t testing.TB, dir string, pairs ...string) (*running, error) {
 		return nil, err
 	}
 	ctx, stop := context.WithCancel(context.Background())
-	r := &running{log: &bytes.Buffer{}, stop: stop, done: make(chan error, 1)}
+	r := &running{log: &logText{}, stop: stop, done: make(chan error, 1)}
 	ready := make(chan announcement, 1)
 	go func() {
 		r.done <- runEngine(ctx, config, slog.New(slog.NewTextHandler(r.log, nil)), func(a announcement) error {

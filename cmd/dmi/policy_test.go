@@ -118,7 +118,10 @@ func TestTriggerCommands(t *testing.T) {
 	mustDMI(t, "policy", "set", file, "--store", dir)
 	p.must(p.forward(10))
 	p.must(p.forward(5))
-	waitFor(t, func() bool { return len(policyOf(t, dir).Revision.Promoted) == 1 })
+	waitFor(t, func() bool {
+		now := policyOf(t, dir)
+		return len(now.Revision.Promoted) == 1 && now.Triggers[0].Rows >= 5 // it is promoted with its first row
+	})
 	if now := policyOf(t, dir); now.Triggers[0].Rows != 5 || now.Triggers[0].Fired != 1 || now.Revision.Promoted[0].ID != p.request() {
 		t.Errorf("%+v %+v", now.Triggers, now.Revision)
 	}

@@ -14,7 +14,7 @@ import (
 	"dmi/ring"
 )
 
-const patience = 30 * time.Second
+const patience = 2 * time.Minute // with what takes a moment
 
 // producer is a real ring in a memfd, with one site of 4 float32 and one request, attached to a real engine.
 type producer struct {
