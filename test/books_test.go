@@ -89,10 +89,12 @@ func (w *world) trouble(random *rand.Rand, finished <-chan struct{}) bool {
 		w.epoch.Add(1)
 		w.kills++
 		w.engine.kill()
+		w.epoch.Add(1) // for sessions that began meanwhile
 	case 1:
 		w.epoch.Add(1)
 		w.stops++
 		w.engine.stop()
+		w.epoch.Add(1)
 	default:
 		w.freezes++
 		w.engine.cmd.Process.Signal(syscall.SIGSTOP)

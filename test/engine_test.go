@@ -25,7 +25,7 @@ var (
 	program  string
 )
 
-const patience = 60 * time.Second
+const patience = 3 * time.Minute // with what takes a moment, on a machine with other work
 
 func TestMain(m *testing.M) {
 	if os.Getenv(producerPlan) != "" {
@@ -126,7 +126,7 @@ func (l *logText) String() string {
 // launch starts an engine over a store with keys KEY=VALUE, and does not wait until it is ready.
 func launch(t *testing.T, dir string, keys ...string) *engine {
 	t.Helper()
-	arguments := []string{"serve", "--store", dir}
+	arguments := []string{"serve", "--store", dir, "--set", fmt.Sprint("stop_timeout_s=", patience.Seconds()/2)}
 	for _, k := range keys {
 		arguments = append(arguments, "--set", k)
 	}

@@ -97,9 +97,10 @@ func TestWhatAKillCostIsTold(t *testing.T) {
 	if lost == 0 || lost > p.tally[tallyCaptured] || number(t, e, lostLine) != lost {
 		t.Errorf("recovered: %d rows lost, in the books %d, of %d captured", lost, number(t, e, lostLine), p.tally[tallyCaptured])
 	}
-	if says := fmt.Sprintf("%d rows were on their way and are booked lost(engine_exit)", lost); !strings.Contains(e.log.String(), says) || !strings.Contains(ask(t, e, "/v1/live/events"), `"engine_exit"`) {
-		t.Errorf("neither log nor events say %q\n%s\n%s", says, &e.log, ask(t, e, "/v1/live/events"))
-	}
+	says := fmt.Sprintf("%d rows were on their way and are booked lost(engine_exit)", lost)
+	eventually(t, "log and events say "+says, func() bool {
+		return strings.Contains(e.log.String(), says) && strings.Contains(ask(t, e, "/v1/live/events"), `"engine_exit"`)
+	})
 
 	if err := p.attach(e.Control, true); err != nil {
 		t.Fatal(err)
@@ -116,9 +117,7 @@ func TestWhatAKillCostIsTold(t *testing.T) {
 	if got := number(t, e, `dmi_rows_total{level="full",outcome="lost",reason="producer_exit"}`); got != owed {
 		t.Errorf("%d rows are lost(producer_exit), and its open step owed %d", got, owed)
 	}
-	if events := ask(t, e, "/v1/live/events"); !strings.Contains(events, "gone without a bye") {
-		t.Errorf("the events do not say that the producer is gone:\n%s", events)
-	}
+	eventually(t, "the events say that the producer is gone", func() bool { return strings.Contains(ask(t, e, "/v1/live/events"), "gone without a bye") })
 	e.stop()
 
 	s, err := store.OpenReadOnly(dir)

@@ -62,10 +62,10 @@ func newSteady(t *testing.T, random *rand.Rand, socket string, mode uint32) *ste
 	return s
 }
 
-// barriers makes everything durable again and again for a while, and returns how long each took.
-func (s *steady) barriers(during time.Duration) (took []time.Duration) {
+// barriers makes everything durable again and again for a while, and until enough has happened, and returns how long each took.
+func (s *steady) barriers(during time.Duration, enough func() bool) (took []time.Duration) {
 	s.t.Helper()
-	for begun := time.Now(); time.Since(begun) < during; time.Sleep(10 * time.Millisecond) {
+	for begun := time.Now(); time.Since(begun) < during || !enough() && time.Since(begun) < during+patience; time.Sleep(10 * time.Millisecond) {
 		asked := time.Now()
 		durable, err := s.barrier(patience)
 		if err != nil {
@@ -77,6 +77,8 @@ func (s *steady) barriers(during time.Duration) (took []time.Duration) {
 	slices.Sort(took)
 	return took
 }
+
+func atOnce() bool { return true }
 
 func middle(d []time.Duration) string {
 	return fmt.Sprintf("%d barriers, median %v, longest %v", len(d), d[len(d)/2].Round(100*time.Microsecond), d[len(d)-1].Round(100*time.Microsecond))
@@ -110,7 +112,7 @@ func TestBadNeighbours(t *testing.T) {
 	dir := storeDir(t)
 	e := start(t, dir)
 	victim := newSteady(t, random, e.Control, ring.ModeComplete)
-	alone := victim.barriers(time.Second)
+	alone := victim.barriers(time.Second, atOnce)
 
 	var bad sync.WaitGroup
 	var over atomic.Bool
@@ -189,11 +191,12 @@ func TestBadNeighbours(t *testing.T) {
 			time.Sleep(time.Millisecond)
 		}
 	})
-	beside := victim.barriers(time.Duration(share(2, 30)) * time.Second)
+	const flood = 100_000 // rows
+	beside := victim.barriers(time.Duration(share(2, 30))*time.Second, func() bool { return atomic.LoadUint64(&flooder.tally[tallyProduced]) >= flood })
 	over.Store(true)
 	bad.Wait()
 	t.Logf("alone: %s; beside bad neighbours: %s; waits: %d", middle(alone), middle(beside), victim.waits)
-	if flooded := tallies[flooder.session][tallyProduced]; flooded < 100_000 {
+	if flooded := flooder.tally[tallyProduced]; flooded < flood {
 		t.Errorf("the flooder produced %d rows: the test shows nothing", flooded)
 	}
 	victim.end(e)
@@ -248,7 +251,7 @@ func TestGreedyReaders(t *testing.T) {
 	}
 
 	victim := newSteady(t, random, e.Control, ring.ModeBestEffort)
-	alone := victim.barriers(2 * time.Second)
+	alone := victim.barriers(2*time.Second, atOnce)
 	var readers sync.WaitGroup
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()
@@ -290,11 +293,12 @@ func TestGreedyReaders(t *testing.T) {
 			}
 		})
 	}
-	beside := victim.barriers(time.Duration(share(4, 60)) * time.Second)
+	const much = 10 << 20 // bytes
+	beside := victim.barriers(time.Duration(share(4, 60))*time.Second, func() bool { return read.Load() >= much })
 	stop()
 	readers.Wait()
 	t.Logf("alone: %s; beside %d readers, who were given %.0f MB in %d whole answers: %s", middle(alone), 8, float64(read.Load())/1e6, answers.Load(), middle(beside))
-	if read.Load() < 10<<20 {
+	if read.Load() < much {
 		t.Errorf("the readers were given %d bytes: the test shows nothing", read.Load())
 	}
 	victim.end(e)

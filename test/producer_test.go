@@ -211,7 +211,7 @@ func (p *producer) add(word int, n uint64) { atomic.AddUint64(&p.tally[word], n)
 
 // stuck is how long a ring may stand still before its producer gives up. Where engines are killed before they have done anything, on a machine with
 // other work, that is many engines' lives.
-const stuck = 20 * patience
+const stuck = 7 * patience
 
 // room waits in complete mode until try succeeds; in best-effort mode it asks once.
 func (p *producer) room(try func() bool) (bool, error) {
