@@ -83,7 +83,12 @@ def alive(pid: int) -> bool:
         return False
 
 
-def until(condition: Callable[[], bool], bound_s: float = 60) -> None:
+def naps(thread: int) -> int:
+    """How often a thread has given the processor away of its own will."""
+    return int(Path(f"/proc/{thread}/status").read_text().rpartition("nonvoluntary")[0].rpartition("voluntary_ctxt_switches:")[2])
+
+
+def until(condition: Callable[[], bool], bound_s: float = 300) -> None:
     deadline = time.monotonic() + bound_s
     while not condition():
         assert time.monotonic() < deadline, "waited too long"

@@ -78,28 +78,38 @@ def triggered(document: Document, site: int, position: int, prompt: int, values:
     return False
 
 
+def amid(norms: torch.Tensor, share: float) -> float:
+    """A bound that so many of the norms are below, in the middle of a gap: none is as near to it as two ways of computing one are apart."""
+    ordered = norms.flatten().sort().values
+    gaps = [n for n in range(1, len(ordered)) if ordered[n] - ordered[n - 1] > 1e-4 * ordered[n]]
+    n = min(gaps, key=lambda n: abs(n - share * len(ordered)))
+    return float(ordered[n - 1] + ordered[n]) / 2
+
+
 def test_random_changes_under_a_running_model(tmp_path: Path) -> None:
     model = llama()
-    choose = random.Random(int(torch.randint(2**31, ())))  # of the test's seed
+    choose, changes = (random.Random(int(torch.randint(2**31, ()))) for _ in range(2))  # of the test's seed; each for one thread
     in_force: dict[int, Document | None] = {0: {"default": "full", "rules": []}}
     done, failure = threading.Event(), []
+    turns = threading.Semaphore(8)  # changes that may come before the model's next turn: on a busy machine it would meet few of them
     with plainly(model.model.layers[0]) as first, plainly(model.model.layers[1]) as second, torch.no_grad(), \
             dmi.attach(model, "blocks.*.hook_resid_post", store=tmp_path / "s", tags=["here"]) as session:  # fmt: skip
 
         model(prompts(8, 8), use_cache=False)
         norms = torch.stack([first[0], second[0]]).double().norm(dim=-1)
-        bounds = [float(norms.quantile(q)) for q in (0.1, 0.5, 0.9)]
+        bounds = [amid(norms, q) for q in (0.1, 0.5, 0.9)]
 
         def change() -> None:
             try:
                 with dmi.open(tmp_path / "s") as store:
                     said: Document = {"default": "full", "rules": []}
                     for _ in range(CHANGES):
-                        if choose.random() < 0.1:
+                        assert turns.acquire(timeout=300), "the model stands still"
+                        if changes.random() < 0.1:
                             in_force[store.policy.off()["revision"]["revision"]] = None
                             in_force[store.policy.on()["revision"]["revision"]] = said
                         else:
-                            said = draw(choose, bounds)
+                            said = draw(changes, bounds)
                             in_force[store.policy.set(said)["revision"]["revision"]] = said
             except Exception as error:
                 failure.append(error)
@@ -109,7 +119,9 @@ def test_random_changes_under_a_running_model(tmp_path: Path) -> None:
         thread = threading.Thread(target=change)
         thread.start()
         requests: dict[str, tuple[int, torch.Tensor]] = {}  # prompt, values by site and position
+        met = 0  # changes while requests were kept
         while not done.is_set():
+            turns.release(8)
             first.clear()
             second.clear()
             batch, length = choose.randrange(1, 4), choose.randrange(1, 6)
@@ -119,6 +131,7 @@ def test_random_changes_under_a_running_model(tmp_path: Path) -> None:
                 out = model(prompts(batch, 1), use_cache=True, past_key_values=out.past_key_values)
             values = torch.stack([torch.cat(first, dim=1), torch.cat(second, dim=1)])
             if len(requests) < 1500:
+                met = len(in_force)
                 requests |= {name: (length, values[:, row]) for row, name in enumerate(names)}
         thread.join()
         assert not failure, failure
@@ -152,7 +165,7 @@ def test_random_changes_under_a_running_model(tmp_path: Path) -> None:
                             assert torch.equal(cache.get(site, tokens=slice(position, position + 1))[0], values[number, position]), (request, site, position)
         assert rows == sum(2 * values.shape[1] for _, values in requests.values())
         assert balanced(session.coverage())
-        assert len(seen) > min(len(requests), CHANGES) / 20 and 0 < full < rows and reduced > 0 and (by_trigger > 0 or rows < 1000) and (greatest > 0 or rows < 1000)
+        assert len(seen) > min(len(requests), met) / 20 and 0 < full < rows and reduced > 0 and (by_trigger > 0 or rows < 1000) and (greatest > 0 or rows < 1000)
         print(f"{CHANGES} changes; {len(seen)} revisions met {rows} rows of {len(requests)} requests, of which {full} were captured in full, {by_trigger} of them for a trigger, and {reduced} at lower levels, {greatest} of those with their greatest elements")
         until(lambda: session.policy.get()["revision"]["revision"] == max(in_force))
 
@@ -223,8 +236,8 @@ def test_what_triggers_keep_while_overload_lowers_rules(tmp_path: Path) -> None:
             return dict(session.policy.get()["revision"]["lowered"])
 
         model(prompts(8, 8), use_cache=False)
-        bounds = [float(torch.stack([first[0], second[0]]).double().norm(dim=-1).quantile(q)) for q in (0.7, 0.95)]
-        ends = time.monotonic() + 60
+        bounds = [amid(torch.stack([first[0], second[0]]).double().norm(dim=-1), q) for q in (0.7, 0.95)]
+        ends = time.monotonic() + 300
         while not (demand := session.policy.get()["rules"][-1]["bytes_per_s"]):  # what all of it costs in full
             assert time.monotonic() < ends
             forward()
@@ -232,7 +245,7 @@ def test_what_triggers_keep_while_overload_lowers_rules(tmp_path: Path) -> None:
         for number in range(PRESSED):
             documents.append(draw_pressed(choose, bounds, number, demand))
             since[session.policy.set(documents[-1])["revision"]["revision"]] = documents[-1]
-            ends = time.monotonic() + 60
+            ends = time.monotonic() + 300
             while not lowered():
                 assert time.monotonic() < ends, f"the governor lowers nothing of {documents[-1]}"
                 forward()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 
 import dmi
 from dmi import native
-from sessions import alive, balanced, engine_pid, kill, llama, prompts, quiet, rows_of, until
+from sessions import alive, balanced, engine_pid, kill, llama, naps, prompts, quiet, rows_of, until
 
 RESIDUAL = "blocks.*.hook_resid_post"
 
@@ -84,15 +85,30 @@ def test_best_effort_never_waits(fault: Callable[[Path], None], tmp_path: Path, 
         ring, books = session.status()["ring"], session.coverage()
     assert calls >= 60 * 3, "opening, closing and at least one capture a forward"
     assert (ring["waits"], ring["wait_ns"]) == (0, 0)
-    # Another thread of this process may have the interpreter when a call returns; a thread that waited for room would sleep in every call.
-    assert slept < calls * 0.1 and sleeping < 0.5, f"{slept} of {calls} calls slept, {sleeping:.3f} s in all"
+    # Another thread of this process may have the interpreter when a call returns, and a busy machine take its time to give it back; a thread that waited for room
+    # would sleep in every call.
+    assert slept < calls * 0.3 and sleeping < 5, f"{slept} of {calls} calls slept, {sleeping:.3f} s in all"
     assert balanced(books) and books["rows"] == 61 * 4 * 32 * 2
     if fault is stopped:
         assert rows_of(books, "dropped") > 0, "or the test shows nothing: the ring was never full"
 
 
+def lets_go_on(engine: int, thread: int, outcome: int) -> None:
+    """Has an engine go on that is stopped, once a thread has waited for it for 0.4 s: that waits in many short naps. Writes how long that was."""
+    before = naps(thread)
+    time.sleep(0.1)
+    while (now := naps(thread)) < before + 10:
+        before = now
+        time.sleep(0.1)
+    begun = time.monotonic()
+    time.sleep(0.4)
+    waited = time.monotonic() - begun
+    os.kill(engine, signal.SIGCONT)
+    os.write(outcome, f"{waited}\n".encode())
+
+
 def test_the_wait_counter_is_honest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same measure in complete mode, where the thread does wait: as long as the producer says, and in as many calls at least."""
+    """In complete mode, where the thread does wait: no shorter than another process sees it wait, and no longer than the calls took in which it slept."""
     monkeypatch.setitem(native.ring_options.__kwdefaults__, "spill_mib", 0.25)
     model, store = llama(), tmp_path / "s"
     with dmi.attach(model, RESIDUAL, store=store, ring_mib=0.25, staging_mib=0.25) as session, torch.no_grad():
@@ -101,23 +117,26 @@ def test_the_wait_counter_is_honest(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         pid = engine_pid(store)
         before = session.status()["ring"]
         outside = Outside(monkeypatch)
+        thread, (result, outcome) = threading.get_native_id(), os.pipe()
         for _ in range(4):
             os.kill(pid, signal.SIGSTOP)
             timer = os.fork()
             if timer == 0:  # another process lets the engine go on: a thread would need the interpreter that we may hold
-                time.sleep(0.4)
-                os.kill(pid, signal.SIGCONT)
+                lets_go_on(pid, thread, outcome)
                 os._exit(0)
             for _ in range(40):
                 model(prompts(4, 32), use_cache=False)
             os.waitpid(timer, 0)
+        os.close(outcome)
+        with open(result) as lines:
+            seen = sum(map(float, lines))
         after = session.status()["ring"]
         session.flush()
         books = session.coverage()
     waits, waited = after["waits"] - before["waits"], (after["wait_ns"] - before["wait_ns"]) / 1e9
     slept, sleeping = sum(outside.slept), outside.sleeping()
-    print(f"the producer counts {waits} waits of {waited:.3f} s; outside, {slept} calls slept, {sleeping:.3f} s in all")
-    assert waits > 0 and slept > 0 and waited > 0.4
+    print(f"the producer counts {waits} waits of {waited:.3f} s; outside, {slept} calls slept, {sleeping:.3f} s in all, and the thread was seen to wait for {seen:.3f} s")
+    assert waits >= 4 and slept >= 4 and seen >= 1.6
     assert waited <= sum(outside.seconds), "more than all calls took"
-    assert sleeping - 0.1 * sleeping - 0.1 < waited < sleeping + 0.1 * sleeping + 0.1
+    assert seen <= waited < sleeping + 0.1 * sleeping + 0.1
     assert rows_of(books, "captured") == books["rows"], "nothing is lost for it"
