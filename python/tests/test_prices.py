@@ -30,12 +30,14 @@ def test_rules_cost_what_they_are_said_to(tmp_path: Path) -> None:
 
         def serve() -> None:
             try:
+                begun, steps = time.monotonic(), 0
                 with torch.no_grad():
                     while not done.is_set():
                         out = model(prompts(2, 6), use_cache=True)
                         for _ in range(9):
                             out = model(prompts(2, 1), use_cache=True, past_key_values=out.past_key_values)
-                            done.wait(0.01)
+                            steps += 1
+                            done.wait(max(0, begun + steps * 0.02 - time.monotonic()))  # whatever a step takes
             except BaseException as error:
                 failure.append(error)
 
@@ -50,28 +52,28 @@ def test_rules_cost_what_they_are_said_to(tmp_path: Path) -> None:
                 return dict(session.coverage()["outcomes"]["captured"])
 
             begun, before, said, samples = time.monotonic(), captured(), dict.fromkeys(LEVELS, 0.0), 0
-            by_site: dict[str, float] = {}
-            while time.monotonic() - begun < 6 or samples < 12:
+            by_site = dict.fromkeys(LEVELS, 0.0)
+            while time.monotonic() - begun < 8 or samples < 12:
                 for rule in session.policy.get()["rules"]:
                     if rule["name"] in said:
                         said[rule["name"]] += rule["bytes_per_s"]
                     else:
                         assert (rule["name"], rule["bytes_per_s"]) == ("nothing", 0)
+                request = session.requests[-1]
+                for site in ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post"):
+                    for position, rule in ((0, "prompts"), (6, "every fourth"), (7, "default")):
+                        (verdict,) = session.policy.explain(request, site, position=position)
+                        assert verdict["rule"] == rule
+                        by_site[rule] += verdict["bytes_per_s"]
                 samples += 1
                 time.sleep(0.25)
             after, took = captured(), time.monotonic() - begun
-            request = session.requests[-1]
-            for site in ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post"):
-                for position, rule in ((0, "prompts"), (6, "every fourth"), (7, "default")):
-                    (verdict,) = session.policy.explain(request, site, position=position)
-                    assert verdict["rule"] == rule
-                    by_site[rule] = by_site.get(rule, 0) + verdict["bytes_per_s"]
         finally:
             done.set()
             thread.join()
         assert not failure, failure
         for name, (level, row) in LEVELS.items():
             cost = (after[level] - before[level]) * row / took
-            print(f"{name}: {cost:.0f} B/s, said to be {said[name] / samples:.0f}, by explain {by_site[name]:.0f} of both sites")
+            print(f"{name}: {cost:.0f} B/s, said to be {said[name] / samples:.0f}, by explain {by_site[name] / samples:.0f} of both sites")
             assert 0.7 * cost < said[name] / samples < 1.3 * cost, (name, cost, said[name] / samples)
-            assert 0.5 * cost < by_site[name] < 2 * cost, (name, cost, by_site[name])  # of one moment
+            assert 0.7 * cost < by_site[name] / samples < 1.3 * cost, (name, cost, by_site[name] / samples)
