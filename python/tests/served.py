@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,6 +24,18 @@ CACHE = Path(__file__).parents[2] / ".cache" / "vllm"
 PACKAGES = str(Path(dmi.__file__).parents[1])
 VOCABULARY = 512
 ALL = slice(None)
+
+
+def free_port() -> int:
+    """A port for a server that is yet to start: none of those that the kernel gives to whoever asks for any meanwhile."""
+    first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    choose = random.SystemRandom()
+    while True:
+        port = choose.randrange(5000, 65000)
+        if not first <= port <= last:
+            with contextlib.suppress(OSError), socket.socket() as free:
+                free.bind(("127.0.0.1", port))
+                return port
 
 
 def model_on_disk(folder: Path, family: str = "qwen3", seed: int = 1) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,7 +21,7 @@ import dmi
 from dmi.serving import Observed, _escaped, main
 from dmi.vllm.settings import Settings
 from observed import fresh_seed, model_of
-from served import tokenizer_on_disk
+from served import free_port, tokenizer_on_disk
 
 openai = pytest.importorskip("openai", reason="the oldest supported environment has what `transformers serve` needs")
 SRC = Path(__file__).parents[1] / "src"
@@ -40,16 +39,14 @@ def on_disk(folder: Path) -> Any:
 @contextlib.contextmanager
 def served(folder: Path, model: Path, *arguments: str, **environment: str) -> Iterator[tuple[str, Path, subprocess.Popen[bytes]]]:
     """The server's address and its log."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     log = folder / "log"
     command = [sys.executable, "-m", "dmi.serving", str(model), "--device", "cpu", "--dtype", "float32", "--attn-implementation", "sdpa",
                "--host", "127.0.0.1", "--port", str(port), *arguments]  # fmt: skip
     with open(log, "wb") as out:
         server = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(SRC), "HF_HUB_OFFLINE": "1", **environment}, stdout=out, stderr=subprocess.STDOUT)
     try:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 900
         while True:
             with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
                 break
@@ -67,7 +64,7 @@ BATCHED = ("--continuous-batching", "--cb-block-size", "8", "--cb-num-blocks", "
 
 def ask(address: str, model: Path, prompts: dict[str, list[int]]) -> dict[str, Any]:
     """All at once; each with its own id."""
-    client = openai.OpenAI(base_url=address, api_key="none", max_retries=0, timeout=120)
+    client = openai.OpenAI(base_url=address, api_key="none", max_retries=0, timeout=600)
 
     def one(item: tuple[str, list[int]]) -> Any:
         return client.completions.create(model=str(model), prompt=" ".join(f"w{t}" for t in item[1]), max_tokens=6, temperature=0, extra_headers={"X-Request-ID": item[0]})
@@ -78,7 +75,7 @@ def ask(address: str, model: Path, prompts: dict[str, list[int]]) -> dict[str, A
 
 def check_options(address: str, model: Path, captures: Path) -> None:
     """What a request says of itself holds, and its response says where its captures are; also as clients of vLLM say it, and of a stream."""
-    client = openai.OpenAI(base_url=address, api_key="none", max_retries=0, timeout=120)
+    client = openai.OpenAI(base_url=address, api_key="none", max_retries=0, timeout=600)
 
     def one(key: str, **body: Any) -> Any:
         return client.completions.create(model=str(model), prompt="w5 w6 w7", max_tokens=6, temperature=0, extra_headers={"X-Request-ID": key}, extra_body=body)
@@ -129,12 +126,12 @@ def test_a_clients_request_has_its_capture(tmp_path: Path) -> None:
     with served(tmp_path, folder, *BATCHED, DMI_HOOKS=hooks, DMI_STORE=str(tmp_path / "captures"), DMI_MODE="complete") as (address, log, server):
         answers = ask(address, folder, prompts)
         check_options(address, folder, tmp_path / "captures")
-        with urllib.request.urlopen(address.removesuffix("/v1") + "/metrics", timeout=60) as answer:
+        with urllib.request.urlopen(address.removesuffix("/v1") + "/metrics", timeout=300) as answer:
             metrics = answer.read().decode()
         assert f'dmi_transformers_observed{{model="{folder}",reason=""}} 1\n' in metrics and f'dmi_transformers_sites{{model="{folder}"}} 3\n' in metrics
         assert all(answers[key].id == key for key in prompts)
         server.send_signal(signal.SIGTERM)
-        assert server.wait(timeout=60) == -signal.SIGTERM, log.read_text(errors="replace")[-4000:]
+        assert server.wait(timeout=300) == -signal.SIGTERM, log.read_text(errors="replace")[-4000:]
         assert "captures 3 sites" in log.read_text(errors="replace")
     store = dmi.open(tmp_path / "captures")
     assert set(store.coverage()["outcomes"]) == {"captured", "skipped"}

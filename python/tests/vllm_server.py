@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dmi import engine as engines
+from served import free_port
 
 SRC = Path(__file__).parents[1] / "src"
 START_S = 900
@@ -38,7 +38,7 @@ class Daemon:
         assert self._process is not None
         self._process.send_signal(which)
         if which in (signal.SIGKILL, signal.SIGTERM):
-            self._process.wait(timeout=120)
+            self._process.wait(timeout=300)
 
     def close(self) -> None:
         if self._process is not None and self._process.poll() is None:
@@ -59,9 +59,7 @@ def daemon(store: Path) -> Iterator[Daemon]:
 def serving(folder: Path, model: Path, *arguments: str, environ: dict[str, str], name: str = "model") -> Iterator[tuple[str, Path]]:
     """The server's address, and its log. Ends with SIGTERM, as an operator would."""
     folder.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     log = folder / "log"
     command = [sys.executable, "-m", "dmi.vllm.serve", str(model), "--served-model-name", name, "--host", "127.0.0.1", "--port", str(port), *arguments]
     environment = {**os.environ, "PYTHONPATH": str(SRC), "HF_HUB_OFFLINE": "1", "VLLM_CACHE_ROOT": str(folder / "vllm-cache"), "VLLM_NO_USAGE_STATS": "1", **environ}
@@ -76,7 +74,7 @@ def serving(folder: Path, model: Path, *arguments: str, environ: dict[str, str],
             time.sleep(0.3)
         yield f"http://127.0.0.1:{port}", log
         server.send_signal(signal.SIGTERM)
-        server.wait(timeout=120)
+        server.wait(timeout=300)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGKILL)  # its workers too, where it failed
