@@ -40,7 +40,7 @@ def user_of(image: str) -> int:
 def permitted(command: list[str]) -> str:
     """Why a command cannot be run here, or ""."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     except OSError as error:
         return str(error)
     return "" if done.returncode == 0 else done.stderr.strip() or f"exit code {done.returncode}"
@@ -89,7 +89,7 @@ def running(command: list[str], environment: dict[str, str] | None = None) -> It
         for inside in [*insiders(child), child.pid]:  # a process that changes its user no longer dies with its parent
             with contextlib.suppress(ProcessLookupError):
                 os.kill(inside, signal.SIGKILL)
-        child.wait(30)
+        child.wait(300)
         for stream in (child.stdin, child.stdout, child.stderr):
             with contextlib.suppress(BrokenPipeError):
                 if stream is not None:
@@ -178,7 +178,7 @@ def test_two_containers_by_namespaces(place: Path) -> None:
             answer = line_of(model).split()
             assert len(answer) == 8
             model.stdin.close()  # it says bye: what it captured is durable then
-            assert model.wait(60) == 0
+            assert model.wait(300) == 0
         dmi = [engines.binary(), "--engine", f"unix:{place}/captures/store/http.sock", "--json"]
         (request,) = json.loads(subprocess.run([*dmi, "requests"], check=True, capture_output=True, text=True).stdout)
         books = json.loads(subprocess.run([*dmi, "coverage", "--request", request["id"]], check=True, capture_output=True, text=True).stdout)
@@ -186,7 +186,7 @@ def test_two_containers_by_namespaces(place: Path) -> None:
         subprocess.run([*dmi, "get", "--request", request["id"], "--site", "blocks.1.hook_resid_post", "--out", str(place / "rows.npy")], check=True, capture_output=True)
 
         os.kill(insiders(engine)[0], signal.SIGTERM)
-        assert engine.wait(60) == 0, engine.stderr and engine.stderr.read()
+        assert engine.wait(300) == 0, engine.stderr and engine.stderr.read()
     until(lambda: not (place / "socket" / "engine.sock").exists())
     verified = subprocess.run([engines.binary(), "verify", "--store", str(place / "captures" / "store")], capture_output=True, text=True)
     assert verified.returncode == 0, verified.stdout + verified.stderr

@@ -70,7 +70,7 @@ def captured(model: Any, ids: torch.Tensor, store: Path, hooks: list[str]) -> An
 
 
 def cli(store: Path, *arguments: str) -> list[dict[str, Any]]:
-    done = subprocess.run([str(ENGINE), "inspect", *arguments, "--store", str(store), "--json"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([str(ENGINE), "inspect", *arguments, "--store", str(store), "--json"], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return list(json.loads(done.stdout))
 

@@ -36,9 +36,13 @@ DTYPES = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
+PATIENCE_S = 120
+"""With what takes a moment, on a machine that has other work."""
+
+
+@pytest.fixture(autouse=True)
 def _seed() -> None:
-    seed = int(os.environ.get("DMI_TEST_SEED", random.randrange(1 << 32)))
+    seed = int(os.environ.get("DMI_TEST_SEED", random.SystemRandom().randrange(1 << 32)))
     print(f"DMI_TEST_SEED={seed}")
     random.seed(seed)
     torch.manual_seed(seed)
@@ -106,17 +110,12 @@ class Consumer:
             self.map[at : at + 32] = struct.pack("<QQQQ", raw.payload + len(data), count, 0, self.posted)
             self.posted += 1
             self.control.commands_head.value = self.posted
-            if self.control.pump_waiting.value:
-                os.eventfd_write(self.pump, 1)
-            for _ in range(10_000):
-                if self.control.commands_done.value == self.posted:
-                    break
+            bound = time.monotonic() + PATIENCE_S
+            while self.control.commands_done.value != self.posted:
+                assert time.monotonic() < bound, "the pump did not copy"
+                if self.control.pump_waiting.value:  # again and again: it may have gone to sleep between our two words, as this test's stores have no fences
+                    os.eventfd_write(self.pump, 1)
                 time.sleep(0.0005)
-            else:
-                # The pump may have gone to sleep between our two words: this test's stores have no fences.
-                os.eventfd_write(self.pump, 1)
-                time.sleep(0.5)
-                assert self.control.commands_done.value == self.posted, "the pump did not copy"
             data += self.map[self.header.staging_offset : self.header.staging_offset + count]
         self._free("payload_tail", raw)
         return data
@@ -446,7 +445,7 @@ def test_modules_with_gradients_and_inference_mode(ring: native.Ring) -> None:
 @pytest.mark.parametrize("mode", ["complete", "best-effort"])
 def test_little_is_put_where_the_engine_reads_it(mode: str) -> None:
     """It needs no copy command, in a region that is filled to its end and from its start again."""
-    ring = native.Ring(mode=mode, payload_mib=1, staging_mib=1, spill_mib=1 / 64, wait_bound_s=60)
+    ring = native.Ring(mode=mode, payload_mib=1, staging_mib=1, spill_mib=1 / 64, wait_bound_s=PATIENCE_S)
     consumer = Consumer(ring)
     site = ring.add_site("x", layer=None, space=TOKENS, roles=[ROW, INNER])
     try:
@@ -466,7 +465,7 @@ def test_little_is_put_where_the_engine_reads_it(mode: str) -> None:
 
 
 def test_larger_than_the_ring() -> None:
-    ring = native.Ring(mode="complete", payload_mib=0.25, staging_mib=0.06, spill_mib=0.13, wait_bound_s=60)
+    ring = native.Ring(mode="complete", payload_mib=0.25, staging_mib=0.06, spill_mib=0.13, wait_bound_s=PATIENCE_S)
     consumer = Consumer(ring)
     site = ring.add_site("x", layer=0, space=TOKENS, roles=[ROW, ROW, INNER])
     wide = ring.add_site("wide", layer=0, space=TOKENS, roles=[ROW, ROW, INNER, INNER])
@@ -518,12 +517,10 @@ def test_ring_full_gated_and_gap() -> None:
     x = torch.randn(1, 6, 1000)
     spans = batch_spans([(0, 6)])
     opened = []
-    start = time.monotonic()
     for step in range(60):
         opened.append(ring.open_step(step, spans, width=(6, 0, 0)))
         torch.ops.dmi.capture(ring.tensor, [x], [site])
         ring.close_step(step)
-    assert time.monotonic() - start < 5
     counters = ring.counters()
     assert counters["waits"] == 0 and counters["gap_steps"] > 0
     consumer = Consumer(ring)
@@ -559,7 +556,7 @@ def test_complete_mode_gives_up_at_its_bound() -> None:
     assert ring.open_step(0, spans, width=(20, 0, 0))
     start = time.monotonic()
     torch.ops.dmi.capture(ring.tensor, [torch.randn(1, 20, 1000)], [site])
-    assert 0.2 <= time.monotonic() - start < 5
+    assert 0.2 <= time.monotonic() - start < PATIENCE_S
     with pytest.raises(native.CaptureError, match=r"step 0.*200 ms.*dropped\(timeout\)"):
         ring.close_step(0)
     assert ring.counters()["rows"]["timeout"] == 20 - ring.counters()["captured_rows"] == 12
@@ -595,16 +592,18 @@ def test_the_engine_is_woken(ring: native.Ring) -> None:
 
 def test_idle_pump_costs_nothing(ring: native.Ring) -> None:
     consumer = Consumer(ring)
-    for _ in range(200):
-        if consumer.control.pump_waiting.value:
-            break
-        time.sleep(0.01)
     (task,) = [t for t in os.listdir("/proc/self/task") if open(f"/proc/self/task/{t}/comm").read() == "dmi-pump\n"]
 
-    def ticks() -> int:
-        fields = open(f"/proc/self/task/{task}/stat").read().rsplit(")")[1].split()
-        return int(fields[11]) + int(fields[12])
+    def fields() -> list[str]:
+        return open(f"/proc/self/task/{task}/stat").read().rsplit(")")[1].split()
 
+    def ticks() -> int:
+        return int(fields()[11]) + int(fields()[12])
+
+    bound = time.monotonic() + PATIENCE_S
+    while not consumer.control.pump_waiting.value or fields()[0] != "S":
+        assert time.monotonic() < bound, "the pump does not go to sleep"
+        time.sleep(0.01)
     before = ticks()
     time.sleep(0.3)
     assert ticks() == before
@@ -679,16 +678,18 @@ def test_memory_is_sealed_and_freed() -> None:
     for size in (0, 1 << 30):
         with pytest.raises(PermissionError):
             os.ftruncate(ring.fds[0], size)
-    gc.collect()  # what earlier tests left, or it would go at the same time
-    descriptors, fds = set(os.listdir("/proc/self/fd")), ring.fds
-    assert {str(fd) for fd in fds} <= descriptors
+    fds = ring.fds
+    for fd in fds:
+        os.fstat(fd)
     del ring
     gc.collect()
-    assert len(set(os.listdir("/proc/self/fd"))) == len(descriptors) - 3
+    for fd in fds:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)
 
 
 def test_threads_have_lanes_of_their_own() -> None:
-    ring = native.Ring(mode="complete", payload_mib=0.5, staging_mib=0.25, lanes=3, wait_bound_s=60)
+    ring = native.Ring(mode="complete", payload_mib=0.5, staging_mib=0.25, lanes=3, wait_bound_s=PATIENCE_S)
     consumer = Consumer(ring)
     sites = [ring.add_site(f"s{i}", layer=i, space=TOKENS, roles=[ROW, ROW, INNER]) for i in range(4)]
     spans = batch_spans([(0, 8)])
@@ -752,7 +753,7 @@ def test_a_forked_child_captures_nothing(ring: native.Ring) -> None:
 
 
 def test_the_gil_is_not_held_while_waiting() -> None:
-    ring = native.Ring(mode="complete", payload_mib=1 / 64, staging_mib=1 / 64, spill_mib=0, wait_bound_s=60)
+    ring = native.Ring(mode="complete", payload_mib=1 / 64, staging_mib=1 / 64, spill_mib=0, wait_bound_s=PATIENCE_S)
     consumer = Consumer(ring)
     site = ring.add_site("x", layer=0, space=TOKENS, roles=[ROW, ROW, INNER])
     spans = batch_spans([(0, 50)])

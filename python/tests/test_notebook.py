@@ -93,7 +93,7 @@ def test_the_pages_views(tmp_path: Path) -> None:
         arguments = parse_qs(asked)
         assert view == "/request" and arguments["id"] == [session.requests[0]]
         ask = urllib.request.Request(f"http://{parts.netloc}/v1/requests", headers={"Authorization": f"Bearer {arguments['token'][0]}"})
-        with urllib.request.urlopen(ask, timeout=10) as answer:
+        with urllib.request.urlopen(ask, timeout=120) as answer:
             assert [item["id"] for item in json.load(answer)["items"]] == list(session.requests)
         again = dmi.view(tmp_path / "s")
         assert urlsplit(again.address).netloc == parts.netloc  # one process a store
@@ -101,7 +101,7 @@ def test_the_pages_views(tmp_path: Path) -> None:
             dmi.view(session, "nothing")
         pid = shown._page.pid
         shown.close()
-        for _ in range(100):
+        for _ in range(1200):
             try:
                 if os.waitpid(pid, os.WNOHANG) != (0, 0):
                     break

@@ -157,9 +157,9 @@ def test_the_copy_of_a_live_store_is_a_store_of_its_own(tmp_path: Path) -> None:
             assert another.store == str(copy)
             model(prompts())
             another.flush()
-            listed = subprocess.run([engine.binary(), "--json", "runs", "--store", copy], capture_output=True, check=True, timeout=60)
+            listed = subprocess.run([engine.binary(), "--json", "runs", "--store", copy], capture_output=True, check=True, timeout=600)
             assert len(json.loads(listed.stdout)) == 2
-        listed = subprocess.run([engine.binary(), "--json", "runs", "--store", original], capture_output=True, check=True, timeout=60)
+        listed = subprocess.run([engine.binary(), "--json", "runs", "--store", original], capture_output=True, check=True, timeout=600)
         assert len(json.loads(listed.stdout)) == 1
     stop(original)
     stop(copy)

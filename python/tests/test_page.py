@@ -21,11 +21,11 @@ def test_the_page_answers_and_ends_by_itself(tmp_path: Path) -> None:
         llama(torch.tensor([[1, 2, 3]]))
         session.flush()
         (request,) = session.requests
-    page = serve_page(tmp_path / "s", end_when_unused="1s")
+    page = serve_page(tmp_path / "s", end_when_unused="10s")
     assert page.address == f"{page.base}/#token={page.token}"
     with urllib.request.urlopen(urllib.request.Request(f"{page.base}/v1/requests", headers={"Authorization": f"Bearer {page.token}"})) as answer:
         assert [r["id"] for r in json.load(answer)["items"]] == [request]
-    for _ in range(200):
+    for _ in range(3000):
         status = Path(f"/proc/{page.pid}/stat")
         if not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z":
             break

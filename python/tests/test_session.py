@@ -124,7 +124,7 @@ def test_what_a_pattern_matches_and_the_model_lacks_is_told(tmp_path: Path) -> N
         assert not set(session.sites) & lacking
         assert {line.split(":")[0] for line in session.skipped} == lacking
         watch = [engines.binary(), "tail", "--events", "--count", "2", "--json", "--store", tmp_path / "s"]
-        told = subprocess.run(watch, capture_output=True, check=True, text=True, timeout=60).stdout.splitlines()
+        told = subprocess.run(watch, capture_output=True, check=True, text=True, timeout=600).stdout.splitlines()
         event = next(event for event in map(json.loads, told) if event["code"] == "lacking")
         assert event["session"] == session.id
         assert "match 6 sites" in event["message"] and session.skipped[0] in event["message"]
@@ -161,7 +161,7 @@ def test_processes_share_an_engine(tmp_path: Path) -> None:
     store = tmp_path / "s"
     script = CHILD.format(tests=os.path.dirname(__file__), store=str(store))
     children = [subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    outputs = [child.communicate(timeout=120) for child in children]
+    outputs = [child.communicate(timeout=600) for child in children]
     assert [child.returncode for child in children] == [0, 0], outputs
     said = {line for out, _ in outputs for line in out.splitlines() if line.startswith("engine")}
     reader = dmi.open(store)
@@ -367,7 +367,7 @@ with dmi.attach(model, "tokens", store={str(tmp_path / "s")!r}) as session, torc
     assert len(session.requests) == 4, session.requests
     assert session.coverage()["rows"] == 28, session.coverage()
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
 
 
@@ -380,7 +380,7 @@ model = llama()
 session = dmi.attach(model, "tokens", store={str(tmp_path / "s")!r})
 model(prompts(2, 5))
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     store = dmi.open(tmp_path / "s")
     assert store.cache()["tokens"].shape[:2] == (2, 5)

@@ -40,12 +40,12 @@ def test_a_wheel_captures_and_reads(tmp_path: Path) -> None:
     assert "dmi/bin/dmi" in names and "dmi/lib/libdmi.so" in names and "dmi/py.typed" in names
     site = tmp_path / "site"
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site), str(wheel)]
-    subprocess.run(install, check=True, timeout=300)
+    subprocess.run(install, check=True, timeout=600)
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "DMI_BIN")} | {"PYTHONPATH": str(site)}
-    run = subprocess.run([sys.executable, "-c", CAPTURE, str(tmp_path / "store")], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    run = subprocess.run([sys.executable, "-c", CAPTURE, str(tmp_path / "store")], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr
     package, engine = run.stdout.split()
     assert Path(package).is_relative_to(site) and Path(engine) == site / "dmi" / "bin" / "dmi"
-    command = subprocess.run([str(site / "bin" / "dmi"), "runs", "--store", str(tmp_path / "store"), "--json"], env=environment, capture_output=True, text=True, timeout=60)
+    command = subprocess.run([str(site / "bin" / "dmi"), "runs", "--store", str(tmp_path / "store"), "--json"], env=environment, capture_output=True, text=True, timeout=600)
     assert command.returncode == 0, command.stderr
     assert '"rows":6' in command.stdout
