@@ -150,7 +150,7 @@ test-native: $(NATIVE)
 
 test-go: $(VENV)/.installed
 	$(call say,Go tests)
-	go test -race -timeout 15m ./...
+	go test -race -timeout 60m ./...
 
 test-python: setup
 	$(call say,Python tests on the oldest supported torch)
@@ -173,7 +173,7 @@ test-page: setup
 	fi; \
 	if [ "$(NODE_OK)" != yes ]; then echo "NOT CHECKED: the page was not built, there is no Node 20.19 or newer with npm. Install it and run 'make test-page'"; \
 	elif ! browser; then echo "NOT CHECKED: there is no Chromium to open the page in. 'apt-get install chromium' (as root), or name one: make test-page CHROMIUM=/path/to/chrome"; \
-	else cd web && timeout 600 npm test --silent; fi
+	else cd web && timeout 2700 npm test --silent; fi
 
 # Prometheus's own tool, the system's or Debian's, unpacked beside our other tools.
 PROMTOOL := $(or $(shell command -v promtool),$(CURDIR)/.cache/promtool/usr/bin/promtool)

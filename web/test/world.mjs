@@ -12,6 +12,7 @@ export const dmi = process.env.DMI_BIN ?? join(root, 'bin', 'dmi');
 const python = process.env.DMI_PYTHON ?? join(root, '.venv', 'bin', 'python');
 export const environment = { ...process.env, PYTHONPATH: join(root, 'python', 'src'), DMI_BIN: dmi, HF_HUB_OFFLINE: '1', PATH: `${dirname(dmi)}:${process.env.PATH}` };
 const screenshots = process.env.DMI_SCREENSHOTS;
+const patience = 120_000; // ms, with what takes a moment
 
 /** Why these tests cannot run here, or ''. */
 export function unable() {
@@ -90,6 +91,7 @@ export async function startPage(store) {
 /** A tab that has come in with the token, and notes whatever goes wrong in it. */
 export async function openTab(browser, page, options = {}) {
   const context = await browser.newContext({ viewport: { width: 1280, height: 900 }, ...options });
+  context.setDefaultTimeout(patience);
   const tab = await context.newPage();
   const wrong = [];
   tab.on('console', (message) => message.type() === 'error' && wrong.push(message.text()));
@@ -98,7 +100,7 @@ export async function openTab(browser, page, options = {}) {
   await tab.goto(page.address);
   const visit = async (fragment, ready) => {
     await tab.goto(`${page.base}/${fragment}`);
-    await tab.waitForSelector(ready, { timeout: 60_000 });
+    await tab.waitForSelector(ready);
   };
   return Object.assign(tab, { wrong, visit });
 }
@@ -147,9 +149,9 @@ export function colourOf(value, { low, high, log }) {
 
 export const near = (a, b, by = 6) => a.every((v, i) => Math.abs(v - b[i]) <= by);
 
-/** Waits until checks pass; after ten seconds their last failure counts. */
+/** Waits until checks pass; after two minutes their last failure counts. */
 export async function soon(checks) {
-  for (const end = Date.now() + 10_000; ; await new Promise((done) => setTimeout(done, 50))) {
+  for (const end = Date.now() + patience; ; await new Promise((done) => setTimeout(done, 50))) {
     try {
       return await checks();
     } catch (error) {
@@ -183,7 +185,7 @@ print(json.dumps(answers))`, undefined, JSON.stringify(all)));
 
 /** Runs a command line, or a Python text, meanwhile; ends it when it has printed so many lines, where that is said. */
 export function start(kind, text, lines = Infinity) {
-  const child = spawn('timeout', ['60', ...(kind === 'cli' ? ['bash', '-c', text] : [python, '-c', text])], { env: environment, stdio: ['ignore', 'pipe', 'pipe'] });
+  const child = spawn('timeout', ['600', ...(kind === 'cli' ? ['bash', '-c', text] : [python, '-c', text])], { env: environment, stdio: ['ignore', 'pipe', 'pipe'] });
   let [said, complaints] = ['', ''];
   child.stdout.on('data', (text) => {
     said += text;
