@@ -1,7 +1,8 @@
 // Captures: for every tensor of a group, find room for the wanted rows, copy them there, say so in a record.
 //
 // What is little tries the spill region, then the payload ring. Best-effort never waits: rows that find no room are booked as
-// dropped(ring_full). Complete mode tries both for all else too, then waits for the engine; at its bound it books the rest as dropped(timeout).
+// dropped(ring_full). Complete mode tries both for all else too, then waits for the engine; at its bound it books the rest as
+// dropped(timeout).
 #include <algorithm>
 #include <cstring>
 
