@@ -152,7 +152,8 @@ func (d *Drain) poll(until time.Time) bool {
 		if d.look() {
 			return true
 		}
-		runtime.Gosched() // what is on its way comes first
+		runtime.Gosched() // what is on its way comes first,
+		ring.Yield()      // also on another thread of ours, where there is one core
 	}
 	return false
 }

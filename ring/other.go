@@ -19,6 +19,9 @@ func NewBell(*Ring, int, int) (*Bell, error) { return nil, ErrUnsupported }
 // Wait returns at once.
 func (b *Bell) Wait(func() bool, time.Time) {}
 
+// Yield does nothing.
+func Yield() {}
+
 // Woken is false.
 func (b *Bell) Woken() bool { return false }
 
