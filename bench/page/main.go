@@ -1,6 +1,6 @@
 // Page measures how long the page takes to show what it is asked for, in Chromium without a GPU, on a store of a model of Qwen3-4B's
 // shape (36 layers x 4,096 tokens x 2,560) beside 10,000 short requests and one with the attention of all heads; then how far it is behind a model that runs. The store is made here, and deleted; the browser is driven by
-// views.mjs and online.mjs. It needs `make setup`, Node and Chromium, and 2 GB of disk for a minute or two.
+// views.mjs, online.mjs and beside.mjs. It needs `make setup`, Node and Chromium, and 2 GB of disk for a minute or two.
 package main
 
 import (
@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"time"
 
@@ -45,23 +46,31 @@ func run(dir string, tokens, requests, attended, readers int, out string) error 
 	}
 	fmt.Fprintf(os.Stderr, "store made in %.0f s\n", time.Since(begun).Seconds())
 	load := result.Load()
-	rows, err := drive("bench/page/views.mjs", store, longstore.LongRequest, longstore.ShortRequest, longstore.AttendedRequest, strconv.Itoa(tokens), strconv.Itoa(attended))
+	rows, err := drive(nil, "bench/page/views.mjs", store, longstore.LongRequest, longstore.ShortRequest, longstore.AttendedRequest, strconv.Itoa(tokens), strconv.Itoa(attended))
 	if err != nil {
 		return err
 	}
-	online, err := drive("bench/page/online.mjs", filepath.Join(work, "online"), strconv.Itoa(readers))
+	online, err := drive(nil, "bench/page/online.mjs", filepath.Join(work, "online"), strconv.Itoa(readers))
 	if err != nil {
 		return err
 	}
 	rows = append(rows, online...)
+	if last := runtime.NumCPU() - 1; last > 0 {
+		beside, err := drive([]string{"taskset", "-c", strconv.Itoa(last)}, "bench/page/beside.mjs", filepath.Join(work, "beside"), strconv.Itoa(readers))
+		if err != nil {
+			return err
+		}
+		rows = append(rows, beside...)
+	}
 	return result.Report("page", fmt.Sprintf("go run ./bench/page -tokens %d -requests %d -attended %d -readers %d -out bench/results", tokens, requests, attended, readers), append([]result.Row{load}, rows...), out)
 }
 
-// drive runs one of the scripts beside this file, and says which of its figures reach their goals.
-func drive(script string, arguments ...string) ([]result.Row, error) {
+// drive runs one of the scripts beside this file, with a prefix before the command, and says which of its figures reach their goals.
+func drive(prefix []string, script string, arguments ...string) ([]result.Row, error) {
 	ctx, stop := context.WithTimeout(context.Background(), 10*time.Minute)
 	defer stop()
-	node := exec.CommandContext(ctx, "node", append([]string{script}, arguments...)...)
+	command := append(append(prefix, "node", script), arguments...)
+	node := exec.CommandContext(ctx, command[0], command[1:]...)
 	node.Stderr = os.Stderr
 	text, err := node.Output()
 	if err != nil {
