@@ -27,7 +27,7 @@ func TestBusyPoll(t *testing.T) {
 	x = newOffering(t, drain.Options{BusyPoll: time.Millisecond})
 	x.step(1, 1)
 	x.offer().Fetch(nil, nil)
-	for deadline := time.Now().Add(20 * time.Second); !asleep(x); time.Sleep(time.Millisecond) {
+	for deadline := time.Now().Add(patience); !asleep(x); time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatal("nothing comes, and it does not sleep")
 		}
