@@ -219,6 +219,13 @@ def test_engines_that_cannot_start(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for what in (lambda: dmi.attach(model, "tokens", store=tmp_path / "newer"), lambda: dmi.open(tmp_path / "newer")):
         with pytest.raises(dmi.EngineError, match="99"):
             what()
+    slow = tmp_path / "slow"
+    slow.write_text("#!/bin/sh\necho dmi: this takes a while >&2\nexec sleep 20\n")
+    slow.chmod(0o700)
+    monkeypatch.setenv("DMI_BIN", str(slow))
+    monkeypatch.setattr("dmi.engine.READY_TIMEOUT_S", 1.0)
+    with pytest.raises(dmi.EngineError, match=r"not ready within 1 s; try again(.|\n)*this takes a while"):
+        dmi.open(tmp_path / "newer")
     monkeypatch.setenv("DMI_BIN", str(tmp_path / "nothing"))
     with pytest.raises(dmi.EngineError, match="DMI_BIN"):
         dmi.attach(model, "tokens", store=tmp_path / "fresh")

@@ -264,7 +264,7 @@ def _start(folder: Path, flags: list[str], *, detached: bool) -> Engine:
             if child.stdin is not None:
                 child.stdin.close()
             if isinstance(error, TimeoutError):
-                raise EngineError(f"start an engine for {folder}: {error}; its log ends with\n  {last_words(log, start)}", code="store") from None
+                raise EngineError(f"start an engine for {folder}: {error}; try again, it may only be slow. Its log ends with\n  {last_words(log, start)}", code="store") from None
             raise
     if detached:
         child.wait()

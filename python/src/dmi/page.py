@@ -49,7 +49,7 @@ def serve_page(store: str | os.PathLike[str], *, end_when_unused: str = "1h") ->
             child.kill()
             child.wait()
             if isinstance(error, TimeoutError):
-                raise EngineError(f"serve the page of {folder}: {error}; its log ends with\n  {last_words(log, 0)}", code="store") from None
+                raise EngineError(f"serve the page of {folder}: {error}; try again, it may only be slow. Its log ends with\n  {last_words(log, 0)}", code="store") from None
             raise
         finally:
             os.close(read)
