@@ -156,17 +156,21 @@ struct Sums {
     finite += o.finite;
     count += o.count;
   }
+  // Figure `i` of abi/ring.h's order; so that lanes can make one each, those with a root or a quotient share theirs.
+  DMI_BOTH double figure(uint32_t i) const {
+    const double n = double(finite), nan = n == 0 ? NAN : 0;
+    if (i == 6) return double(count - finite);
+    if (i == 7) return double(count);
+    if (i == 2) return least + nan;
+    if (i == 3) return greatest + nan;
+    if (i == 4) return (-least > greatest ? -least : greatest) + nan;
+    const double mean = (i == 0 ? sum : squares) / (i == 5 ? 1.0 : n);
+    const double root = i == 0 ? mean : sqrt(mean);
+    return i == 5 ? root : root + nan;
+  }
   template <typename Value>
   DMI_BOTH void figures(Value* to) const {
-    const double n = double(finite), nan = n == 0 ? NAN : 0;
-    to[0] = Value(sum / n + nan);
-    to[1] = Value(sqrt(squares / n) + nan);
-    to[2] = Value(least + nan);
-    to[3] = Value(greatest + nan);
-    to[4] = Value((-least > greatest ? -least : greatest) + nan);
-    to[5] = Value(sqrt(squares));
-    to[6] = Value(count - finite);
-    to[7] = Value(count);
+    for (uint32_t i = 0; i < DMI_STATS; ++i) to[i] = Value(figure(i));
   }
 };
 

@@ -80,10 +80,11 @@ class Clones:
         self.rotated.append((q.transpose(1, 2).detach().clone(), k.transpose(1, 2).detach().clone()))
         return q, k
 
-    def _weigh(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _weigh(self, x: Tensor, dim: int, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
         if x.ndim == 4:  # routers have two dimensions
             self.scores.append(x.detach().clone())
-        return self._softmax(x, *args, **kwargs)
+        # Not the function that this stands in for: where a default device is set, that calls itself by its name once more.
+        return x.softmax(dim, dtype=dtype)
 
 
 def statistics(x: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
@@ -244,6 +245,8 @@ def expected(family: str, model: Any, clones: Clones, logits: Tensor) -> Seen:
         for site, place in table.items():
             if place is None or site in ("embed", "block", "final", "ln1", "ln2", "ln1_post", "ln2_post"):
                 continue
+            if site == "attn.hook_pattern" and not clones.scores:  # fused attention never materialises it, nor the scores
+                continue
             value = look_up(seen, place.replace("{b}", block))
             if site in ("attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_z") and value.ndim == 3:
                 value = value.unflatten(-1, (-1, d_head))
@@ -258,7 +261,8 @@ def expected(family: str, model: Any, clones: Clones, logits: Tensor) -> Seen:
         out.pop(f"blocks.{n}.ln2_post.hook_out", None)
         if clones.rotated:
             out[f"blocks.{n}.attn.hook_rot_q"], out[f"blocks.{n}.attn.hook_rot_k"] = clones.rotated[n]
-        out[f"blocks.{n}.attn.hook_attn_scores"] = clones.scores[n].masked_fill(to_come, float("-inf"))
+        if clones.scores:
+            out[f"blocks.{n}.attn.hook_attn_scores"] = clones.scores[n].masked_fill(to_come, float("-inf"))
     norm("ln_final", str(where["final"]))
     out["unembed.hook_out"] = seen["lm_head:out"]
     if getattr(config, "final_logit_softcapping", None):

@@ -18,26 +18,33 @@ struct Part {
   uint64_t at;           // its first byte, behind the tensor's first one
 };
 
+// The part of the rows at one level, as far as it does not hang on those before it; false where there are none. Apart: it is asked for in
+// many places, and a launch whose code does not stay in the processor's cache waits for it.
+DMI_HD DMI_APART inline bool part_of(const Fixed& f, const Tensor& t, const Plan& p, uint32_t level, Part& part) {
+  if (p.selection == 0 && level != p.level) return false;
+  part.list = p.selection == 0 ? &f.space[t.space] : f.lists + (uint64_t{p.selection} - 1) * kListsEach + level * DMI_SPACES + t.space;
+  part.rows = part.list->rows;
+  if (part.rows == 0) return false;
+  part.level = level_for(uint8_t(level), t.dtype);
+  // What does not fit its site has no bytes, and may have no elements either.
+  part.row_bytes = p.fate != Fate::kCapture ? 0 : uint32_t(level_row_bytes(part.level, p.row_bytes / t.element, t.element, p.top));
+  return true;
+}
+
 // Calls visit(part) for one part after the other; the last one for which it says false.
 template <typename Visit>
 DMI_HD void each_part(const Fixed& f, const Tensor& t, const Plan& p, Visit visit) {
-  uint32_t first = 0;
-  uint64_t at = 0;
+  Part part;
+  part.first = 0;
+  part.at = 0;
 #ifdef __CUDA_ARCH__
 #pragma unroll 1  // `visit` may be long
 #endif
   for (uint32_t level = 0; level < DMI_LEVEL_OFF; ++level) {
-    if (p.selection == 0 && level != p.level) continue;
-    const Space* list =
-        p.selection == 0 ? &f.space[t.space] : f.lists + (uint64_t{p.selection} - 1) * kListsEach + level * DMI_SPACES + t.space;
-    const uint32_t rows = list->rows;
-    if (rows == 0) continue;
-    const uint8_t own = level_for(uint8_t(level), t.dtype);
-    // What does not fit its site has no bytes, and may have no elements either.
-    const uint32_t bytes = p.fate != Fate::kCapture ? 0 : uint32_t(level_row_bytes(own, p.row_bytes / t.element, t.element, p.top));
-    if (!visit(Part{list, first, rows, own, bytes, at})) return;
-    first += rows;
-    at += aligned(uint64_t{rows} * bytes);
+    if (!part_of(f, t, p, level, part)) continue;
+    if (!visit(static_cast<const Part&>(part))) return;
+    part.first += part.rows;
+    part.at += aligned(uint64_t{part.rows} * part.row_bytes);
   }
 }
 
@@ -83,15 +90,15 @@ DMI_HD inline uint32_t granted_of(const Part& part, uint32_t granted) {
   return granted <= part.first ? 0 : granted - part.first < part.rows ? granted - part.first : part.rows;
 }
 
-// Rows of a computed part that are a unit of work: as many as a unit of copying reads.
-DMI_HD inline uint32_t unit_rows(const Plan& p, uint32_t unit_bytes) {
-  const uint32_t rows = unit_bytes / (p.row_bytes == 0 ? 1 : p.row_bytes);
-  return rows == 0 ? 1 : rows;
-}
+constexpr uint32_t kMostWarps = 8;       // of a block
+constexpr uint32_t kLongRow = 16 << 10;  // bytes that keep all threads of a block busy
+
+// Rows of a computed part that a block has at a time, which is a unit of work: one for each of its warps, or one.
+DMI_HD inline uint32_t unit_rows(const Plan& p, uint32_t rows) { return rows < kMostWarps || p.row_bytes >= kLongRow ? 1 : kMostWarps; }
 
 DMI_HD inline uint32_t part_units(const Plan& p, const Part& part, uint32_t rows, uint32_t unit_bytes) {
   if (!encoded(part.level)) return uint32_t((uint64_t{rows} * part.row_bytes + unit_bytes - 1) / unit_bytes);
-  const uint32_t each = unit_rows(p, unit_bytes);
+  const uint32_t each = unit_rows(p, part.rows);
   return rows / each + (rows % each != 0 ? 1 : 0);
 }
 
@@ -106,20 +113,27 @@ DMI_HD inline uint32_t levelled_units(const Fixed& f, const Tensor& t, const Pla
 }
 
 // ------------------------------------------------------------------ rows that are computed
-// Of the elements of a row, as far as some lanes have seen them. No default values: it lies in shared memory.
+// Of the finite elements of a row, as far as some lanes have seen them. No default values: it lies in shared memory.
 struct Tally {
-  double sum, squares, least, greatest;  // of the finite ones; +-infinity while there are none
-  uint32_t finite, count;
+  double sum, squares, least, greatest;  // +-infinity while there are none
+  uint32_t finite, spare;
 
+  DMI_HD void add(double v) {
+    sum += v;
+    squares += v * v;
+    least = v < least ? v : least;
+    greatest = v > greatest ? v : greatest;
+    ++finite;
+  }
   DMI_HD void merge(const Tally& o) {
     sum += o.sum;
     squares += o.squares;
     least = o.least < least ? o.least : least;
     greatest = o.greatest > greatest ? o.greatest : greatest;
     finite += o.finite;
-    count += o.count;
   }
-  DMI_HD void figures(float* to) const {
+  // `count`: elements in all.
+  DMI_HD Sums sums(uint32_t count) const {
     Sums sums;
     sums.sum = sum;
     sums.squares = squares;
@@ -127,7 +141,7 @@ struct Tally {
     sums.greatest = finite == 0 ? 0 : greatest;
     sums.finite = finite;
     sums.count = count;
-    sums.figures(to);
+    return sums;
   }
 };
 
@@ -141,8 +155,6 @@ struct Standing {
 };
 // Behind all elements.
 DMI_HD inline Standing nowhere() { return {-INFINITY, kNoElement, 0}; }
-
-constexpr uint32_t kMostWarps = 8;  // of a block
 
 // Where the warps of a block meet over a row.
 struct Rendezvous {
@@ -179,6 +191,8 @@ struct Team {
 struct Counting {
   uint32_t length, from, to;
   DMI_HD bool operator()(uint32_t element) const { return length == 0 || (element % length >= from && element % length < to); }
+  // How many do, of so many.
+  DMI_HD uint32_t all(uint32_t elements) const { return length == 0 ? elements : elements / length * (to - from); }
   // How many that count are before it.
   DMI_HD uint32_t before(uint32_t element) const {
     return length == 0 ? element : element / length * (to - from) + element % length - from;
@@ -199,17 +213,32 @@ DMI_HD inline Counting counting(const Fixed& f, const Tensor& t, const Plan& p, 
   return {uint32_t(keys * after), uint32_t(from * after), uint32_t(to * after)};
 }
 
-// Apart, as it is seldom needed and would be there many times.
+// Apart, as they are seldom needed and would be there many times.
 DMI_HD DMI_APART inline const std::byte* within_strided_row(const Plan& p, const std::byte* row, uint32_t within) {
   return within_row(p, row, within);
 }
+DMI_HD DMI_APART inline double number_at(const Tensor& t, const Plan& p, const std::byte* row, uint32_t element) {
+  return element_of<double>(t.dtype, within_row(p, row, element * t.element));
+}
+DMI_HD DMI_APART inline float float_at(const Tensor& t, const Plan& p, const std::byte* row, uint32_t element) {
+  return element_of<float>(t.dtype, within_row(p, row, element * t.element));
+}
 
-// This lane's share of a row's elements, as numbers, four at a time: visit(which is the first, values, how many). Of the usual dtypes 16
-// bytes at a time, kBatch of them before the first is looked at.
+// Rows as nearly all are: of a usual dtype, every element counts, and 16 bytes can be read at once.
+DMI_HD inline bool usual(const Tensor& t, const Plan& p, const Counting& counts) {
+  return p.vector == 16 && counts.length == 0 && (t.dtype == DMI_DTYPE_BF16 || t.dtype == DMI_DTYPE_F16 || t.dtype == DMI_DTYPE_F32);
+}
+
+// This lane's share of such a row, 16 bytes at a time: visit(which element is the first, an array of all of them). kBatch of them are read
+// before the first is looked at, where the row is in one piece. What is done for an element stands here 8 * kBatch times, and for each
+// dtype: it has to be little, or the processor waits for code and not for memory.
 template <uint32_t kBytes, uint32_t kBatch, typename Convert, typename Visit>
-DMI_HD void each_four_wide(const Plan& p, const std::byte* row, uint32_t lane, uint32_t lanes, Convert convert, Visit visit) {
+DMI_HD void each_wide_of(const Plan& p, const std::byte* row, uint32_t lane, uint32_t lanes, Convert convert, Visit visit) {
   constexpr uint32_t kEach = 16 / kBytes;
   const uint32_t wides = p.row_bytes / 16;
+#ifdef __CUDA_ARCH__
+#pragma unroll 1
+#endif
   for (uint32_t first = lane; first < wides; first += kBatch * lanes) {
     Wide moved[kBatch];
 #ifdef __CUDA_ARCH__
@@ -217,7 +246,8 @@ DMI_HD void each_four_wide(const Plan& p, const std::byte* row, uint32_t lane, u
 #endif
     for (uint32_t b = 0; b < kBatch; ++b) {
       const uint32_t i = first + b * lanes;
-      if (i < wides) moved[b] = *reinterpret_cast<const Wide*>(p.outers == 0 ? row + i * 16 : within_strided_row(p, row, i * 16));
+      if (i < wides)
+        moved[b] = *reinterpret_cast<const Wide*>(kBatch == 1 && p.outers != 0 ? within_strided_row(p, row, i * 16) : row + i * 16);
     }
 #ifdef __CUDA_ARCH__
 #pragma unroll
@@ -225,53 +255,41 @@ DMI_HD void each_four_wide(const Plan& p, const std::byte* row, uint32_t lane, u
     for (uint32_t b = 0; b < kBatch; ++b) {
       const uint32_t i = first + b * lanes;
       if (i >= wides) break;
+      float values[kEach];
 #ifdef __CUDA_ARCH__
 #pragma unroll
 #endif
-      for (uint32_t e = 0; e < kEach; e += 4) {
-        float values[4];
-#ifdef __CUDA_ARCH__
-#pragma unroll
-#endif
-        for (uint32_t k = 0; k < 4; ++k) values[k] = convert(reinterpret_cast<const std::byte*>(&moved[b]) + (e + k) * kBytes);
-        visit(i * kEach + e, values, 4u);
-      }
+      for (uint32_t k = 0; k < kEach; ++k) values[k] = convert(reinterpret_cast<const std::byte*>(&moved[b]) + k * kBytes);
+      visit(i * kEach, values);
     }
   }
 }
 
-// The same of any dtype and alignment.
-template <typename Value, typename Visit>
-DMI_HD void each_four_any(const Tensor& t, const Plan& p, const std::byte* row, uint32_t lane, uint32_t lanes, Visit visit) {
+template <uint32_t kBatch, typename Visit>
+DMI_HD void each_wide(const Tensor& t, const Plan& p, const std::byte* row, uint32_t lane, uint32_t lanes, Visit visit) {
+  if constexpr (kBatch != 1) {
+    if (p.outers != 0) return each_wide<1>(t, p, row, lane, lanes, visit);
+  }
+  if (t.dtype == DMI_DTYPE_BF16) {
+    each_wide_of<2, kBatch>(p, row, lane, lanes, [](const std::byte* at) { return bfloat(load_as<uint16_t>(at)); }, visit);
+  } else if (t.dtype == DMI_DTYPE_F16) {
+    each_wide_of<2, kBatch>(p, row, lane, lanes, [](const std::byte* at) { return half(load_as<uint16_t>(at)); }, visit);
+  } else {
+    each_wide_of<4, kBatch>(p, row, lane, lanes, [](const std::byte* at) { return load_as<float>(at); }, visit);
+  }
+}
+
+// Of any other row: visit(which element, its number) for each that counts.
+template <typename Visit>
+DMI_HD void each_number(const Tensor& t, const Plan& p, const std::byte* row, const Counting& counts, uint32_t lane, uint32_t lanes,
+                        Visit visit) {
   const uint32_t elements = p.row_bytes / t.element;
-  for (uint64_t first = uint64_t{lane} * 4; first < elements; first += uint64_t{lanes} * 4) {
-    const auto at = uint32_t(first), n = elements - at < 4 ? elements - at : 4;
-    Value values[4] = {};
 #ifdef __CUDA_ARCH__
 #pragma unroll 1
 #endif
-    for (uint32_t k = 0; k < n; ++k) values[k] = element_of<Value>(t.dtype, within_strided_row(p, row, (at + k) * t.element));
-    visit(at, values, n);
+  for (uint32_t i = lane; i < elements; i += lanes) {
+    if (counts(i)) visit(i, number_at(t, p, row, i));
   }
-}
-
-template <uint32_t kBatch, typename Value, typename Visit>
-DMI_HD void each_four(const Tensor& t, const Plan& p, const std::byte* row, uint32_t lane, uint32_t lanes, Visit visit) {
-  if constexpr (sizeof(Value) == sizeof(float)) {
-    if (p.vector == 16) {
-      switch (t.dtype) {
-        case DMI_DTYPE_BF16:
-          return each_four_wide<2, kBatch>(p, row, lane, lanes, [](const std::byte* at) { return bfloat(load_as<uint16_t>(at)); }, visit);
-        case DMI_DTYPE_F16:
-          return each_four_wide<2, kBatch>(p, row, lane, lanes, [](const std::byte* at) { return half(load_as<uint16_t>(at)); }, visit);
-        case DMI_DTYPE_F32:
-          return each_four_wide<4, kBatch>(p, row, lane, lanes, [](const std::byte* at) { return load_as<float>(at); }, visit);
-        default:
-          break;
-      }
-    }
-  }
-  each_four_any<Value>(t, p, row, lane, lanes, visit);
 }
 
 // Where a computed row goes: words of four bytes, in a ring.
@@ -290,55 +308,86 @@ struct Words {
   }
 };
 
-template <typename Value, typename Block>
-DMI_HD void summarise_row(const Team<Block>& team, const Tensor& t, const Plan& p, const std::byte* row, const Counting& counts,
-                          const Words& to) {
-  Value least = Value(INFINITY), greatest = Value(-INFINITY);
-  double sum = 0, squares = 0;
-  uint32_t finite = 0, count = 0;
-  each_four<kInFlight, Value>(t, p, row, team.lane(), team.lanes(), [&](uint32_t first, const Value* values, uint32_t n) {
+template <typename Block>
+DMI_HD DMI_APART void summarise_row(const Team<Block>& team, const Tensor& t, const Plan& p, const std::byte* row, const Counting& counts,
+                                    const Words& to) {
+  Tally seen{0, 0, INFINITY, -INFINITY, 0, 0};
+  if (usual(t, p, counts)) {
+    float least = INFINITY, greatest = -INFINITY;
+    each_wide<kInFlight>(t, p, row, team.lane(), team.lanes(), [&](uint32_t first, const auto& values) {
+      constexpr uint32_t kEach = sizeof values / sizeof values[0];
+      float odd = 0;  // a NaN as soon as one of them is not finite
 #ifdef __CUDA_ARCH__
 #pragma unroll
 #endif
-    for (uint32_t k = 0; k < 4; ++k) {
-      if (k >= n || !counts(first + k)) continue;
-      const Value v = values[k];
-      const bool is = v - v == 0;
-      const double d = is ? double(v) : 0;
-      sum += d;
-      squares += d * d;
-      least = is && v < least ? v : least;
-      greatest = is && v > greatest ? v : greatest;
-      finite += is ? 1 : 0;
-      ++count;
-    }
-  });
-  const Tally all =
-      team.all(Tally{sum, squares, least, greatest, finite, count}, team.meet.tally, [](Tally& a, const Tally& b) { a.merge(b); });
-  if (team.lane() != 0) return;
-  float figures[DMI_STATS];
-  all.figures(figures);
-  for (uint32_t i = 0; i < DMI_STATS; ++i) to.put(i, figures[i]);
+      for (uint32_t k = 0; k < kEach; ++k) odd += values[k] * 0.0f;
+      if (odd == 0) {
+#ifdef __CUDA_ARCH__
+#pragma unroll
+#endif
+        for (uint32_t k = 0; k < kEach; ++k) {
+          const double d = values[k];
+          seen.sum += d;
+          seen.squares += d * d;
+          least = fminf(least, values[k]);
+          greatest = fmaxf(greatest, values[k]);
+        }
+        seen.finite += kEach;
+        return;
+      }
+#ifdef __CUDA_ARCH__
+#pragma unroll 1
+#endif
+      for (uint32_t k = 0; k < kEach; ++k) {
+        const float v = float_at(t, p, row, first + k);
+        if (!finite(v)) continue;
+        seen.sum += v;
+        seen.squares += double(v) * v;
+        least = fminf(least, v);
+        greatest = fmaxf(greatest, v);
+        ++seen.finite;
+      }
+    });
+    seen.least = least;
+    seen.greatest = greatest;
+  } else {
+    each_number(t, p, row, counts, team.lane(), team.lanes(), [&](uint32_t, double v) {
+      if (finite(v)) seen.add(v);
+    });
+  }
+  seen = team.all(seen, team.meet.tally, [](Tally& a, const Tally& b) { a.merge(b); });
+  const Sums sums = seen.sums(counts.all(p.row_bytes / t.element));
+  for (uint32_t i = team.lane(); i < DMI_STATS; i += team.lanes()) to.put(i, float(sums.figure(i)));
 }
 
 // The greatest finite elements of a row, one after the other: each is what stands first of those behind the one before, in a pass of its
 // own, so that none has to be kept anywhere.
-template <typename Value, typename Block>
+template <typename Block>
 DMI_HD DMI_APART void greatest_of_row(const Team<Block>& team, const Tensor& t, const Plan& p, const std::byte* row, const Counting& counts,
                                       const Words& to) {
   Standing last{INFINITY, 0, 0};
+#ifdef __CUDA_ARCH__
+#pragma unroll 1
+#endif
   for (uint32_t n = 0; n < p.top; ++n) {
     Standing first = nowhere();
-    if (n == 0 || last.index != kNoElement) {
-      each_four<1, Value>(t, p, row, team.lane(), team.lanes(), [&](uint32_t at, const Value* values, uint32_t some) {
-        for (uint32_t k = 0; k < 4; ++k) {
-          if (k >= some || !counts(at + k) || !finite(values[k])) continue;
-          const Standing one{double(values[k]), at + k, 0};
-          if (stands_before(last.value, last.index, one.value, one.index)) first.merge(one);
-        }
+    auto look = [&](uint32_t at, double v) {
+      const Standing one{v, at, 0};
+      if (finite(v) && stands_before(last.value, last.index, one.value, one.index)) first.merge(one);
+    };
+    if (n != 0 && last.index == kNoElement) {
+    } else if (usual(t, p, counts)) {
+      each_wide<1>(t, p, row, team.lane(), team.lanes(), [&](uint32_t at, const auto& values) {
+        constexpr uint32_t kEach = sizeof values / sizeof values[0];
+#ifdef __CUDA_ARCH__
+#pragma unroll
+#endif
+        for (uint32_t k = 0; k < kEach; ++k) look(at + k, double(values[k]));
       });
-      last = team.all(first, team.meet.standing, [](Standing& a, const Standing& b) { a.merge(b); });
+    } else {
+      each_number(t, p, row, counts, team.lane(), team.lanes(), look);
     }
+    if (n == 0 || last.index != kNoElement) last = team.all(first, team.meet.standing, [](Standing& a, const Standing& b) { a.merge(b); });
     if (team.lane() != 0) continue;
     const bool none = last.index == kNoElement;
     to.put(DMI_STATS + n, none ? NAN : float(last.value));
@@ -346,55 +395,89 @@ DMI_HD DMI_APART void greatest_of_row(const Team<Block>& team, const Tensor& t, 
   }
 }
 
+DMI_HD inline uint32_t code_of(uint8_t level, float v, float inverse) {
+  return level == DMI_LEVEL_INT8 ? int8_code(v, inverse) : fp8_code(v, inverse);
+}
+
 template <typename Block>
-DMI_HD void quantise_row(const Team<Block>& team, const Tensor& t, const Plan& p, const std::byte* row, const Counting& counts,
-                         uint8_t level, const Words& to) {
+DMI_HD DMI_APART void quantise_row(const Team<Block>& team, const Tensor& t, const Plan& p, const std::byte* row, const Counting& counts,
+                                   uint8_t level, const Words& to) {
+  const uint32_t elements = p.row_bytes / t.element;
+  const bool as_usual = usual(t, p, counts);
   float most = 0;
-  each_four<kInFlight, float>(t, p, row, team.lane(), team.lanes(), [&](uint32_t first, const float* values, uint32_t n) {
+  auto look = [&](float v) {
+    v = v < 0 ? -v : v;
+    most = finite(v) && v > most ? v : most;
+  };
+  if (as_usual) {
+    each_wide<kInFlight>(t, p, row, team.lane(), team.lanes(), [&](uint32_t, const auto& values) {
+      constexpr uint32_t kEach = sizeof values / sizeof values[0];
 #ifdef __CUDA_ARCH__
 #pragma unroll
 #endif
-    for (uint32_t k = 0; k < 4; ++k) {
-      const float v = values[k] < 0 ? -values[k] : values[k];
-      if (k < n && counts(first + k) && finite(v) && v > most) most = v;
+      for (uint32_t k = 0; k < kEach; ++k) look(values[k]);
+    });
+  } else {
+#ifdef __CUDA_ARCH__
+#pragma unroll 1
+#endif
+    for (uint32_t i = team.lane(); i < elements; i += team.lanes()) {
+      if (counts(i)) look(float_at(t, p, row, i));
     }
-  });
+  }
   most = team.all(most, team.meet.most, [](float& a, const float& b) { a = b > a ? b : a; });
   const float scale = scale_of(level, most), inverse = 1 / scale;
   if (team.lane() == 0) to.put(0, scale);
   // The second time the row is near.
-  each_four<1, float>(t, p, row, team.lane(), team.lanes(), [&](uint32_t first, const float* values, uint32_t n) {
-    uint32_t word = 0;
+  if (as_usual) {
+    each_wide<1>(t, p, row, team.lane(), team.lanes(), [&](uint32_t first, const auto& values) {
+      constexpr uint32_t kEach = sizeof values / sizeof values[0];
 #ifdef __CUDA_ARCH__
 #pragma unroll
 #endif
-    for (uint32_t k = 0; k < 4; ++k) {
-      if (k >= n || !counts(first + k)) continue;
-      const uint8_t code = level == DMI_LEVEL_INT8 ? int8_code(values[k], inverse) : fp8_code(values[k], inverse);
-      word |= uint32_t{code} << (8 * k);
+      for (uint32_t word = 0; word < kEach / 4; ++word) {
+        uint32_t codes = 0;
+#ifdef __CUDA_ARCH__
+#pragma unroll
+#endif
+        for (uint32_t k = 0; k < 4; ++k) codes |= code_of(level, values[4 * word + k], inverse) << (8 * k);
+        to.put(1 + first / 4 + word, codes);
+      }
+    });
+    return;
+  }
+#ifdef __CUDA_ARCH__
+#pragma unroll 1
+#endif
+  for (uint32_t word = team.lane(); word < elements / 4 + (elements % 4 != 0 ? 1 : 0); word += team.lanes()) {
+    uint32_t codes = 0;
+#ifdef __CUDA_ARCH__
+#pragma unroll 1
+#endif
+    for (uint32_t k = 0; k < 4 && word * 4 + k < elements; ++k) {
+      const uint32_t i = word * 4 + k;
+      if (counts(i)) codes |= code_of(level, float_at(t, p, row, i), inverse) << (8 * k);
     }
-    to.put(1 + first / 4, word);
-  });
+    to.put(1 + word, codes);
+  }
 }
 
 // Rows [begin, end) of a part; row `begin` goes to the target's offset.
 template <typename Block>
 DMI_HD DMI_APART void compute_rows(Block& block, Rendezvous& meet, const Fixed& f, const Tensor& t, const Plan& p, const Part& part,
                                    uint32_t begin, uint32_t end, const Target& to) {
-  const uint32_t rows = end - begin;
-  const Team<Block> team{block, meet, rows < block.warps() && p.row_bytes / 4096 >= rows};
+  const Team<Block> team{block, meet, unit_rows(p, part.rows) == 1};
+  const uint64_t start = to.offset % to.capacity;
   for (uint32_t row = begin + (team.whole ? 0 : block.warp()); row < end; row += team.whole ? 1 : block.warps()) {
     const std::byte* from = row_address(f, t, p, *part.list, row);
     const Counting counts = counting(f, t, p, *part.list, row);
-    const Words words{to.ring, to.capacity, (to.offset + uint64_t{row - begin} * part.row_bytes) % to.capacity};
+    const uint64_t at = start + uint64_t{row - begin} * part.row_bytes;
+    const Words words{to.ring, to.capacity, at < to.capacity ? at : at - to.capacity};
     if (part.level != DMI_LEVEL_STATS) {
       quantise_row(team, t, p, from, counts, part.level, words);
-    } else if (needs_double(t.dtype)) {
-      summarise_row<double>(team, t, p, from, counts, words);
-      if (p.top != 0) greatest_of_row<double>(team, t, p, from, counts, words);
     } else {
-      summarise_row<float>(team, t, p, from, counts, words);
-      if (p.top != 0) greatest_of_row<float>(team, t, p, from, counts, words);
+      summarise_row(team, t, p, from, counts, words);
+      if (p.top != 0) greatest_of_row(team, t, p, from, counts, words);
     }
   }
 }
@@ -411,7 +494,7 @@ DMI_HD void move_unit(Block& block, Rendezvous& meet, const Fixed& f, const Tens
     }
     const Target at{to.ring, to.capacity, to.offset + part.at};
     if (encoded(part.level)) {
-      const uint32_t each = unit_rows(p, unit_bytes), begin = unit * each, end = rows - begin < each ? rows : begin + each;
+      const uint32_t each = unit_rows(p, part.rows), begin = unit * each, end = rows - begin < each ? rows : begin + each;
       compute_rows(block, meet, f, t, p, part, begin, end, {at.ring, at.capacity, at.offset + uint64_t{begin} * part.row_bytes});
     } else {
       const uint64_t begin = uint64_t{unit} * unit_bytes, all = uint64_t{rows} * part.row_bytes;

@@ -24,20 +24,22 @@ def test_every_site(mode: str, implementation: str, dtype: torch.dtype) -> None:
     model = model_of("llama", implementation).to(dtype)
     ids = torch.randint(3, 128, (2, 11))
     rows = torch.ones(2, 11, dtype=torch.long, device="cpu")
+    # Given to what is recorded, because making it is what a graph cannot record.
+    given = {"attention_mask": torch.full((11, 11), torch.finfo(dtype).min, dtype=dtype).triu(1).expand(2, 1, 11, 11)}
     with observed(model, ["**"]) as session, Clones(model) as clones, torch.no_grad():
         call: Any = model if mode in ("eager", "graph") else torch.compile(model, fullgraph=True, mode=None if mode == "default" else mode)
         if mode == "graph":
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                model(ids, use_cache=False)
+            with torch.cuda.stream(side), session.instrumentation.step(rows):
+                model(ids, **given, use_cache=False)
             torch.cuda.current_stream().wait_stream(side)
             session.drain()
             begun = len(session.reader.steps)
             clones.clear()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                output = model(ids, use_cache=False).logits
+                output = model(ids, **given, use_cache=False).logits
         for step in range(4):  # warm-up, recording, replays
             ids.copy_(torch.randint(3, 128, ids.shape))
             if mode == "graph":
