@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
 import random
@@ -45,6 +46,27 @@ def test_rows_are_their_requests(qwen3: Path, tmp_path: Path) -> None:
     print(f"{found}, {result['steps']} steps, {result['preempted']} preemptions")
     finished = {request["id"] for request in requests if request.get("abort") is None}
     assert {key: plain["tokens"][key] for key in finished} == {key: result["tokens"][key] for key in finished}
+
+
+def test_the_second_runner_is_as_it_is_taken_to_be() -> None:
+    """It runs on a GPU alone. By its source: what is wrapped, what a batch says, and that requests of its own making come in nothing but the warm-up."""
+    found = importlib.util.find_spec("vllm")
+    assert found is not None and found.submodule_search_locations
+    vllm = Path(found.submodule_search_locations[0])
+
+    def parsed(name: str) -> dict[str, ast.ClassDef | ast.FunctionDef]:
+        tree = ast.parse((vllm / "v1/worker" / name).read_text())
+        return {node.name: node for node in tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef))}
+
+    runner = parsed("gpu/model_runner.py")["GPUModelRunner"]
+    methods = {node.name: [argument.arg for argument in node.args.args] for node in runner.body if isinstance(node, ast.FunctionDef)}
+    assert {"load_model", "sample_tokens", "prepare_inputs", "sample", "initialize_kv_cache"} <= set(methods) and "_model_forward" not in methods
+    assert methods["execute_model"][:2] == ["self", "scheduler_output"] and "dummy_run" in methods["execute_model"]
+    assert "return self.model" in ast.unparse(next(node for node in runner.body if isinstance(node, ast.FunctionDef) and node.name == "get_model"))
+    fields = {ast.unparse(node.target) for node in parsed("gpu/input_batch.py")["InputBatch"].body if isinstance(node, ast.AnnAssign)}
+    assert {"req_ids", "num_scheduled_tokens", "num_computed_tokens_np", "num_draft_tokens_per_req"} <= fields
+    calls = [node.name for node in parsed("gpu_worker.py")["Worker"].body if isinstance(node, ast.FunctionDef) and "warmup_kernels(" in ast.unparse(node)]
+    assert calls == ["compile_or_warm_up_model"]
 
 
 def test_other_families(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from dmi.vllm import plugin, status
 from dmi.vllm.plugin import Plugin, unsupported
 
+SCHEDULED = SimpleNamespace(finished_req_ids=[], num_scheduled_tokens={}, scheduled_spec_decode_tokens={})
 ASKED = {"dmi": {"hooks": ["blocks.*.hook_resid_post"], "store": "captures"}}
 
 
@@ -47,8 +48,9 @@ def worker(additional: Any, **parallel: Any) -> Any:
     layout = SimpleNamespace(**{"pipeline_parallel_size": 1, "tensor_parallel_size": 1, "world_size": 1, "data_parallel_rank": 0, "rank": 0, **parallel})
     cache = SimpleNamespace(kv_cache_memory_bytes=None, num_gpu_blocks_override=None)
     config = SimpleNamespace(additional_config=additional, parallel_config=layout, speculative_config=None, cache_config=cache, model_config=None)
-    return SimpleNamespace(rank=layout.rank, device=torch.device("cpu"), vllm_config=config, model_runner=Runner(config), shutdown=lambda: None,
-                           determine_available_memory=lambda: 1 << 30)  # fmt: skip
+    runner = Runner(config)
+    return SimpleNamespace(rank=layout.rank, device=torch.device("cpu"), vllm_config=config, model_runner=runner, shutdown=lambda: None,
+                           determine_available_memory=lambda: 1 << 30, compile_or_warm_up_model=lambda: runner.execute_model(SCHEDULED))  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -64,8 +66,8 @@ def serves(it: Any) -> None:
     it.model_runner.load_model()
     assert it.determine_available_memory() == 1 << 30, "nothing is taken where nothing is observed"
     it.model_runner.initialize_kv_cache(SimpleNamespace(num_blocks=7))
-    scheduled = SimpleNamespace(finished_req_ids=[], num_scheduled_tokens={}, scheduled_spec_decode_tokens={})
-    assert [it.model_runner.execute_model(scheduled) for _ in range(3)] == ["executed"] * 3
+    assert it.compile_or_warm_up_model() == "executed"
+    assert [it.model_runner.execute_model(SCHEDULED) for _ in range(2)] == ["executed"] * 2
     assert it.model_runner.done == ["load", "cache", "forward", "forward", "forward"]
     it.shutdown()
 
@@ -183,3 +185,21 @@ def test_something_goes_wrong_in_a_step(caplog: pytest.LogCaptureFixture, monkey
         assert it.model_runner.execute_model(scheduled) == it.model_runner.execute_model(scheduled) == "executed"
     assert ended == ["detached"]
     said(it, caplog, "open: ZeroDivisionError: in our code")
+
+
+def test_warming_up_is_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second model runner's warm-up comes as requests do."""
+    calls: list[str] = []
+
+    class Watching:
+        def __getattr__(self, name: str) -> Any:
+            return lambda *args, **kwargs: calls.append(name)
+
+    session = SimpleNamespace(id="s1", sites=["a"], store="captures", skipped=[], memory_mib={"ring": 1.0, "staging": 1.0}, status=lambda: {}, detach=lambda: None)
+    monkeypatch.setattr(plugin, "observe", lambda runner, settings: (session, Watching()))
+    it = worker(ASKED)
+    Plugin.into(it, it.vllm_config)
+    it.model_runner.load_model()
+    assert it.compile_or_warm_up_model() == "executed" and calls == []
+    it.model_runner.execute_model(SCHEDULED)
+    assert calls == ["scheduled", "open", "close"] and it.dmi_status()["observed"]

@@ -64,6 +64,8 @@ class Plugin:
         worker.dmi_status = self.status
         worker.dmi_flush = self.flush
         self._wrap(worker, "shutdown", self._detach)
+        self._warming_up = False
+        self._unseen_while(worker, "compile_or_warm_up_model")
 
     @classmethod
     def into(cls, worker: Any, config: Any) -> None:
@@ -125,6 +127,20 @@ class Plugin:
 
         setattr(thing, name, wrapped)
 
+    def _unseen_while(self, worker: Any, name: str) -> None:
+        """The second model runner warms its kernels up by requests of its own making, which come as anybody's do."""
+        original = getattr(worker, name)
+
+        @functools.wraps(original)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            self._warming_up = True
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self._warming_up = False
+
+        setattr(worker, name, wrapped)
+
     def _attach(self) -> None:
         if self._session is not None:  # weights were loaded again, into the same modules
             return
@@ -144,7 +160,7 @@ class Plugin:
     def _do(self, what: str, *args: Any, **kwargs: Any) -> Any:
         """Call the observer, if there is one. An argument that is a function is called for its value."""
         observer = self._observer
-        if observer is None:
+        if observer is None or self._warming_up:
             return None
         try:
             return getattr(observer, what)(*[argument() if callable(argument) else argument for argument in args], **kwargs)
