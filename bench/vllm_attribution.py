@@ -8,8 +8,10 @@ third of them are served with guesses of their next tokens (n-gram speculation),
 runners serves; `--eager` has nothing compiled. Of every request the captured residual stream, at every block, and logits are compared with the
 reference, by position, within the tolerance of the dtype; every row must be nearer to its own reference than to any other of some hundred requests; positions,
 tokens and books are held against what vLLM gave and the reference ran. Any difference ends it. `--same` has an unobserved engine of each kind answer the first
-requests: the same tokens. In the environment that has vLLM (`.venv-vllm`), with the memory of one tiny model; references are computed on the CPU, by `--workers`
-processes. `--resume` keeps the parts that are done in a folder, and goes on there. `--save` writes the figures, of as many requests as were.
+requests: the same tokens. In the environment that has vLLM (`.venv-vllm`), with the memory of one tiny model for each of `--engines`, which serve parts beside each
+other. References are computed on the CPU, in the dtype, by `--workers` processes, 64 requests of like lengths in a call, padded behind: attention is causal, so that each
+is as it is alone, but for the order of sums within a product. `--resume` keeps the parts that are done in a folder, and goes on there; `--minutes` begins no part
+that would not end within them. `--save` writes the figures, of as many requests as were.
 """
 
 from __future__ import annotations
@@ -23,8 +25,9 @@ import random
 import shutil
 import sys
 import tempfile
+import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +38,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python" / "tests")
 
 from attribution import Found, balanced, compare  # noqa: E402
 
-from served import Alone, load, model_on_disk, serve  # noqa: E402
+from served import CACHE, Alone, load, model_on_disk, serve  # noqa: E402
 
 HOOKS = ["tokens", "hook_embed", "blocks.*.hook_resid_post", "blocks.1.attn.hook_q", "logits"]
 SAME = 60
 """Requests that an unobserved engine answers as well."""
-PIECE = 300
+PIECE = 100
 """Requests whose rows are held against each other's."""
+TASK = 5 * PIECE
+"""Requests that a worker compares at once; it opens the store for them."""
 
 
 def engine_of(part: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Every third guesses. On a GPU there are more requests at once."""
-    much = 4 if arguments.device == "cuda" else 1
+    much = 8 if arguments.device == "cuda" else 1
     settings: dict[str, Any] = {"enable_prefix_caching": True, "num_gpu_blocks_override": 14 * much, "block_size": 32, "max_num_seqs": 16 * much,
                                 "max_num_batched_tokens": 160 * much, "dtype": arguments.dtype, "enforce_eager": arguments.eager}  # fmt: skip
+    if arguments.device == "cuda":
+        settings["gpu_memory_utilization"] = 0.15  # of which the cache, whose size is given, takes nothing: there may be other engines
     if part % 3 == 2:
         settings["speculative_config"] = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
         settings["async_scheduling"] = False
@@ -70,19 +77,19 @@ def compare_piece(store: Path, precision: str, requests: list[dict[str, Any]], r
     return compare(store, _alone, requests, result, whole=0, dtype=precision, piece=PIECE)
 
 
-def compared(pool: ProcessPoolExecutor, store: Path, precision: str, requests: list[dict[str, Any]], result: dict[str, Any], begun: float) -> Found:
+def compared(pool: ProcessPoolExecutor, store: Path, precision: str, requests: list[dict[str, Any]], result: dict[str, Any], said: str, begun: float) -> Found:
     """All of a part, in pieces."""
     total, pieces = Found(), []
-    for start in range(0, len(requests), PIECE):
-        piece = requests[start : start + PIECE]
+    for start in range(0, len(requests), TASK):
+        piece = requests[start : start + TASK]
         told = {name: {request["id"]: result[name][request["id"]] for request in piece if request["id"] in result[name]} for name in ("tokens", "cached")}
         pieces.append(pool.submit(compare_piece, store, precision, piece, told))
-    said = time.monotonic()
+    last = time.monotonic()
     for piece in pieces:
         add(total, vars(piece.result()))
-        if time.monotonic() > said + 10:
-            said = time.monotonic()
-            print(f"  {total.requests} compared, {total.rows} rows; {said - begun:.0f} s", flush=True)
+        if time.monotonic() > last + 10:
+            last = time.monotonic()
+            print(f"{said}: {total.requests} compared, {total.rows} rows; {last - begun:.0f} s", flush=True)
     return total
 
 
@@ -92,23 +99,28 @@ def add(total: Found, found: dict[str, Any]) -> None:
 
 
 # ------------------------------------------------------------------ parts
-def run_part(part: int, count: int, model: Path, folder: Path, pool: ProcessPoolExecutor, arguments: argparse.Namespace, begun: float) -> dict[str, Any]:
+def run_part(part: int, count: int, model: Path, folder: Path, cache: Path, pool: ProcessPoolExecutor, arguments: argparse.Namespace, begun: float) -> dict[str, Any]:
     """The figures of a part."""
     guesses = part % 3 == 2
-    requests = load(random.Random(arguments.seed + part), count, longest=44, most=16 if guesses else 7, every=0.05 if arguments.device == "cuda" else 0.2, aborts=0.05,
+    requests = load(random.Random(arguments.seed + part), count, longest=44, most=16 if guesses else 7, every=0.04 if arguments.device == "cuda" else 0.2, aborts=0.05,
                     prefixes=4, words=8 if guesses else None)  # fmt: skip
     settings = {"hooks": HOOKS, "store": str(folder / "store"), "mode": "complete"}
-    engine = engine_of(part, arguments)
-    result = serve(folder / "observed", model, requests, dmi=settings, timeout_s=7200, **engine)
+    engine, environ = engine_of(part, arguments), {"VLLM_CACHE_ROOT": str(cache)}
+    then = time.monotonic()
+    result = serve(folder / "observed", model, requests, dmi=settings, timeout_s=7200, environ=environ, **engine)
     assert result["status"]["observed"] and result["flushed"], result["status"]
-    print(f"part {part}: {len(requests)} requests, {result['steps']} steps, {result['preempted']} preemptions, {result['drafted']} guesses, {sum(result['cached'].values())} tokens from the prefix cache; {time.monotonic() - begun:.0f} s", flush=True)
+    served = time.monotonic()
+    print(f"part {part}: {len(requests)} requests, {result['steps']} steps, {result['preempted']} preemptions, {result['drafted']} guesses, {sum(result['cached'].values())} tokens from the prefix cache, "
+          f"in {result['seconds']:.0f} s after a start of {served - then - result['seconds']:.0f} s; {served - begun:.0f} s", flush=True)  # fmt: skip
     precision = "tf32" if arguments.device == "cuda" and arguments.dtype == "float32" else arguments.dtype
-    found = compared(pool, folder / "store", precision, requests, result, begun)
+    found = compared(pool, folder / "store", precision, requests, result, f"part {part}", begun)
     books = {outcome: sum(reasons.values()) for outcome, reasons in balanced(folder / "store")["outcomes"].items()}
-    same = same_tokens(folder, model, requests[:SAME], settings, engine) if arguments.same and part < 3 and (part == 0 or guesses) else 0
+    print(f"part {part}: {found.rows} rows compared in {time.monotonic() - served:.0f} s, none wrong; {time.monotonic() - begun:.0f} s", flush=True)
+    asked = arguments.same and part < 3 and (part == 0 or guesses)
+    same, other = same_tokens(folder, model, requests[:SAME], settings, environ, engine) if asked else (0, 0)
     figures = {name: result[name] for name in ("steps", "preempted", "drafted", "accepted")}
     how = f"{result['runner']} ({'asynchronous' if result['asynchronous'] else 'synchronous'} scheduling, {result['compiled']}, {result['graphs']})"
-    return {"found": vars(found), "books": books, "figures": {**figures, "same": same}, "how": how}
+    return {"found": vars(found), "books": books, "figures": {**figures, "same": same, "other": other}, "how": how}
 
 
 def resumed(folder: Path | None, arguments: argparse.Namespace) -> dict[int, dict[str, Any]]:
@@ -137,6 +149,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--eager", action="store_true", help="nothing is compiled")
     parser.add_argument("--same", action="store_true", help="have unobserved engines answer some requests, too")
+    parser.add_argument("--engines", type=int, default=1, help="parts that are served at the same time")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that compute references")
     parser.add_argument("--resume", type=Path, help="folder of parts that are done")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no part that would not end within them, if it takes as long as the longest")
@@ -145,33 +158,59 @@ def main() -> None:
     done = resumed(arguments.resume, arguments)
     print(f"seed {arguments.seed}" + (f", {len(done)} parts are done" if done else ""), flush=True)
     work = Path(tempfile.mkdtemp(prefix="dmi-attribution-"))
-    begun, longest, before = time.monotonic(), 0.0, set(done)
+    begun = time.monotonic()
     try:
         model = model_on_disk(work / "model")
-        with ProcessPoolExecutor(arguments.workers, multiprocessing.get_context("spawn"), prepare, (model, arguments.dtype)) as pool:
-            for part, start in enumerate(range(0, arguments.requests, arguments.part)):
-                if part in done:
-                    continue
-                then = time.monotonic()
-                if done.keys() - before and then + longest > begun + 60 * arguments.minutes:
-                    print(f"part {part} does not fit {arguments.minutes:g} minutes; the same command goes on with it", flush=True)
-                    break
-                done[part] = run_part(part, min(arguments.part, arguments.requests - start), model, work / str(part), pool, arguments, begun)
-                done[part]["seconds"] = time.monotonic() - then
-                longest = max(longest, done[part]["seconds"])
-                shutil.rmtree(work / str(part))
-                if arguments.resume:
-                    (arguments.resume / f"{part}.json").write_text(json.dumps(done[part]))
-                if arguments.save:
-                    save(arguments, done)
+        with ProcessPoolExecutor(arguments.workers, multiprocessing.get_context("spawn"), prepare, (model, arguments.dtype)) as pool, ThreadPoolExecutor(arguments.engines) as engines:
+            for _ in range(arguments.workers):  # they come up while the first engines do
+                pool.submit(os.getpid)
+            parts = Parts(arguments, done, model, work, pool, begun)
+            for line in [engines.submit(parts.run_some, line) for line in range(arguments.engines)]:
+                line.result()
     finally:
         shutil.rmtree(work, ignore_errors=True)
     total, figures, books = summed(done)
     print(f"{total.requests} requests, {total.rows} rows compared, 0 wrong, the books balance: {books}; {figures}; {time.monotonic() - begun:.0f} s")
 
 
+class Parts:
+    """Parts that are left, taken by lines that run beside each other, each with what vLLM compiled in a folder of its own."""
+
+    def __init__(self, arguments: argparse.Namespace, done: dict[int, dict[str, Any]], model: Path, work: Path, pool: ProcessPoolExecutor, begun: float) -> None:
+        self.arguments, self.done, self.model, self.work, self.pool, self.begun = arguments, done, model, work, pool, begun
+        self.left = [part for part in range(-(-arguments.requests // arguments.part)) if part not in done]
+        self.longest = 0.0
+        self.lock = threading.Lock()
+
+    def take(self) -> int | None:
+        with self.lock:
+            if self.left and time.monotonic() + self.longest > self.begun + 60 * self.arguments.minutes:
+                print(f"part {self.left[0]} does not fit {self.arguments.minutes:g} minutes; the same command goes on with it", flush=True)
+                self.left.clear()
+            return self.left.pop(0) if self.left else None
+
+    def run_some(self, line: int) -> None:
+        arguments = self.arguments
+        while (part := self.take()) is not None:
+            then, folder = time.monotonic(), self.work / str(part)
+            count = min(arguments.part, arguments.requests - part * arguments.part)
+            try:
+                figures = run_part(part, count, self.model, folder, CACHE / str(line) if line else CACHE, self.pool, arguments, self.begun)
+            except BaseException:
+                self.left.clear()
+                raise
+            shutil.rmtree(folder, ignore_errors=True)
+            with self.lock:
+                self.done[part] = {**figures, "seconds": time.monotonic() - then}
+                self.longest = max(self.longest, self.done[part]["seconds"])
+                if arguments.resume:
+                    (arguments.resume / f"{part}.json").write_text(json.dumps(self.done[part]))
+                if arguments.save:
+                    save(arguments, self.done)
+
+
 def summed(done: dict[int, dict[str, Any]]) -> tuple[Found, dict[str, int], dict[str, int]]:
-    total, figures, books = Found(), dict.fromkeys(("steps", "preempted", "drafted", "accepted", "same"), 0), dict[str, int]()
+    total, figures, books = Found(), dict.fromkeys(("steps", "preempted", "drafted", "accepted", "same", "other"), 0), dict[str, int]()
     for part in done.values():
         add(total, part["found"])
         for sums, more in ((figures, part["figures"]), (books, part["books"])):
@@ -180,13 +219,13 @@ def summed(done: dict[int, dict[str, Any]]) -> tuple[Found, dict[str, int], dict
     return total, figures, books
 
 
-def same_tokens(folder: Path, model: Path, requests: list[dict[str, Any]], settings: dict[str, Any], engine: dict[str, Any]) -> int:
-    """Requests whose answers an unobserved engine gives as well, greedily, from the same arrivals on."""
+def same_tokens(folder: Path, model: Path, requests: list[dict[str, Any]], settings: dict[str, Any], environ: dict[str, str], engine: dict[str, Any]) -> tuple[int, int]:
+    """Requests whose answers an unobserved engine gives as well, greedily, from the same arrivals on; and those whose it does not."""
     requests = [{key: value for key, value in request.items() if key != "abort"} for request in requests]
-    observed = serve(folder / "again", model, requests, dmi={**settings, "store": str(folder / "store-again")}, **engine)
-    plain = serve(folder / "unobserved", model, requests, **engine)
-    assert observed["tokens"] == plain["tokens"], "an observed engine gives other tokens than an unobserved one"
-    return len(requests)
+    observed = serve(folder / "again", model, requests, dmi={**settings, "store": str(folder / "store-again")}, environ=environ, **engine)
+    plain = serve(folder / "unobserved", model, requests, environ=environ, **engine)
+    same = sum(observed["tokens"][request["id"]] == plain["tokens"][request["id"]] for request in requests)
+    return same, len(requests) - same
 
 
 def save(arguments: argparse.Namespace, done: dict[int, dict[str, Any]]) -> None:
@@ -203,7 +242,7 @@ def save(arguments: argparse.Namespace, done: dict[int, dict[str, Any]]) -> None
             row("tokens from the prefix cache, booked cached(prefix)", total.cached, "tokens"),
             row("guesses booked rejected(speculation)", total.rejected, "tokens"),
             row("tokens computed again after a preemption", total.again, "tokens"),
-            *([row("requests answered with the same tokens, observed and not", figures["same"], "requests")] if arguments.same else []),
+            *([row("requests answered with the same tokens, observed and not", figures["same"], "requests", goal="all", met=figures["other"] == 0)] if arguments.same else []),
             *(row(f"vLLM: {name}", figures[name], name) for name in ("steps", "preempted", "drafted", "accepted")),
             *(row(f"books: {outcome}", count, "rows") for outcome, count in sorted(books.items()))]  # fmt: skip
     device = torch.cuda.get_device_name() if arguments.device == "cuda" else ""

@@ -34,5 +34,6 @@ def write(name: str, rows: Sequence[dict[str, Any]], *, folder: Path = FOLDER, c
     command = "python " + " ".join(sys.argv)
     result = {"name": name, "command": command, "commit": commit, "machine": machine, "date": date, **more, "rows": list(rows)}
     path = folder / f"{name}.{short or machine}.{date}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     return path

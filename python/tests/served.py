@@ -9,7 +9,7 @@ import random
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,28 +131,46 @@ class Alone:
         self.layers = self.model.config.num_hidden_layers
         self._places = list(self._of_model())
 
-    @torch.no_grad()
     def run(self, tokens: list[int]) -> dict[str, Tensor]:
         """Sites of a sequence, [position, ...]."""
+        (found,) = self.run_all([tokens])
+        return found
+
+    def run_all(self, sequences: Sequence[list[int]], only: Container[str] | None = None, together: int = 64) -> list[dict[str, Tensor]]:
+        """Of each, some of length alike in one call, padded behind: attention is causal, so that no row sees anything but its own sequence up to itself."""
+        found: list[dict[str, Tensor]] = [{} for _ in sequences]
+        by_length = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
+        for start in range(0, len(by_length), together):
+            some = by_length[start : start + together]
+            longest = len(sequences[some[-1]])
+            seen = self._run(torch.tensor([sequences[index] + [0] * (longest - len(sequences[index])) for index in some]), only)
+            for name, value in seen.items():
+                for row, index in enumerate(some):
+                    found[index][name] = value[row, : len(sequences[index])]
+        return found
+
+    @torch.no_grad()
+    def _run(self, tokens: Tensor, only: Container[str] | None) -> dict[str, Tensor]:
         seen: dict[str, Tensor] = {}
 
         def keep(name: str, columns: slice) -> Any:
             def hook(module: Any, args: Any, output: Any = None) -> None:
                 value = args[0] if output is None else output[0] if isinstance(output, tuple) else output
-                seen[name] = value[0][..., columns].clone()
+                seen[name] = value[..., columns].clone()
 
             return hook
 
         handles = []
         for name, module, side, columns in self._places:
-            place = module.register_forward_pre_hook if side == "in" else module.register_forward_hook
-            handles.append(place(keep(name, columns)))
+            if only is None or name in only:
+                place = module.register_forward_pre_hook if side == "in" else module.register_forward_hook
+                handles.append(place(keep(name, columns)))
         try:
-            self.model(torch.tensor([tokens], device=self.model.device), use_cache=False)
+            self.model(tokens.to(self.model.device), use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
-        return {name: value.cpu() for name, value in seen.items()}
+        return {name: value.cpu().expand(len(tokens), *value.shape[1:]) for name, value in seen.items()}
 
     def _of_model(self) -> Iterator[tuple[str, Any, str, slice]]:
         """Sites, and where they are: a module, its input or output, columns of it."""

@@ -11,6 +11,7 @@ import inspect
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     tokens: dict[str, list[int]] = {}
     cached: dict[str, int] = {}
     references: dict[str, Any] = {}
-    step = 0
+    step, begun = 0, time.monotonic()
     while waiting or engine.has_unfinished_requests():
         while waiting and waiting[0]["arrive"] <= step:
             request = waiting.pop(0)
@@ -89,7 +90,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
         if step % 1000 == 0:
             print(f"step {step}: {len(tokens)} of {len(job['requests'])} requests have begun", flush=True)
     observed = "dmi" in job["engine"].get("additional_config", {}) or "DMI_HOOKS" in os.environ
-    result = {"tokens": tokens, "cached": cached, "references": references, "preempted": len(preempted), "steps": step, **guesses,
+    result = {"tokens": tokens, "cached": cached, "references": references, "preempted": len(preempted), "steps": step, "seconds": time.monotonic() - begun, **guesses,
               "runner": str(llm.collective_rpc(runner_of)[0]), "loaded": getattr(compilation_counter, "num_aot_artifacts_loaded", 0),
               "asynchronous": bool(engine.vllm_config.scheduler_config.async_scheduling), "compiled": str(engine.vllm_config.compilation_config.mode),
               "graphs": str(engine.vllm_config.compilation_config.cudagraph_mode)}

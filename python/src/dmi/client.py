@@ -16,7 +16,7 @@ import ssl
 import threading
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import unquote, urlencode, urlsplit
 
 import torch
 
@@ -61,6 +61,8 @@ class Answer:
         self.positions = _spans(headers.get("Dmi-Positions") or "")
         self.levels = [(name, int(rows)) for name, _, rows in (part.partition(":") for part in (headers.get("Dmi-Levels") or "").split(",") if part)]
         self.next = headers.get("Dmi-Next") or ""
+        whose = (part.split(":") for part in (headers.get("Dmi-Requests") or "").split(",") if part)
+        self.whose = [(unquote(request), int(rows)) for request, _, rows in whose]
         self.tensor = torch.empty(0, device="cpu")
 
     @property
