@@ -156,17 +156,13 @@ struct Sums {
     finite += o.finite;
     count += o.count;
   }
-  // Figure `i` of abi/ring.h's order; so that lanes can make one each, those with a root or a quotient share theirs.
+  // Figure `i` of abi/ring.h's order. Without a branch, so that lanes that make one each go one way.
   DMI_BOTH double figure(uint32_t i) const {
     const double n = double(finite), nan = n == 0 ? NAN : 0;
-    if (i == 6) return double(count - finite);
-    if (i == 7) return double(count);
-    if (i == 2) return least + nan;
-    if (i == 3) return greatest + nan;
-    if (i == 4) return (-least > greatest ? -least : greatest) + nan;
-    const double mean = (i == 0 ? sum : squares) / (i == 5 ? 1.0 : n);
-    const double root = i == 0 ? mean : sqrt(mean);
-    return i == 5 ? root : root + nan;
+    const double mean = (i == 0 ? sum : squares) / (i == 5 || n == 0 ? 1.0 : n), root = sqrt(mean);
+    const double extreme = i == 2 ? least : i == 3 || -least < greatest ? greatest : -least;
+    const double counted = double(i == 6 ? count - finite : count);
+    return i >= 6 ? counted : i == 5 ? root : (i == 0 ? mean : i == 1 ? root : extreme) + nan;
   }
   template <typename Value>
   DMI_BOTH void figures(Value* to) const {

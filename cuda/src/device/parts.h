@@ -18,33 +18,26 @@ struct Part {
   uint64_t at;           // its first byte, behind the tensor's first one
 };
 
-// The part of the rows at one level, as far as it does not hang on those before it; false where there are none. Apart: it is asked for in
-// many places, and a launch whose code does not stay in the processor's cache waits for it.
-DMI_HD DMI_APART inline bool part_of(const Fixed& f, const Tensor& t, const Plan& p, uint32_t level, Part& part) {
-  if (p.selection == 0 && level != p.level) return false;
-  part.list = p.selection == 0 ? &f.space[t.space] : f.lists + (uint64_t{p.selection} - 1) * kListsEach + level * DMI_SPACES + t.space;
-  part.rows = part.list->rows;
-  if (part.rows == 0) return false;
-  part.level = level_for(uint8_t(level), t.dtype);
-  // What does not fit its site has no bytes, and may have no elements either.
-  part.row_bytes = p.fate != Fate::kCapture ? 0 : uint32_t(level_row_bytes(part.level, p.row_bytes / t.element, t.element, p.top));
-  return true;
-}
-
 // Calls visit(part) for one part after the other; the last one for which it says false.
 template <typename Visit>
 DMI_HD void each_part(const Fixed& f, const Tensor& t, const Plan& p, Visit visit) {
-  Part part;
-  part.first = 0;
-  part.at = 0;
+  const Space* lists = p.selection == 0 ? nullptr : f.lists + (uint64_t{p.selection} - 1) * kListsEach + t.space;
+  const uint32_t begin = lists == nullptr ? p.level : 0, end = lists == nullptr ? p.level + 1 : DMI_LEVEL_OFF;
+  uint32_t first = 0;
+  uint64_t at = 0;
 #ifdef __CUDA_ARCH__
 #pragma unroll 1  // `visit` may be long
 #endif
-  for (uint32_t level = 0; level < DMI_LEVEL_OFF; ++level) {
-    if (!part_of(f, t, p, level, part)) continue;
-    if (!visit(static_cast<const Part&>(part))) return;
-    part.first += part.rows;
-    part.at += aligned(uint64_t{part.rows} * part.row_bytes);
+  for (uint32_t level = begin; level < end; ++level) {
+    const Space* list = lists == nullptr ? &f.space[t.space] : lists + level * DMI_SPACES;
+    const uint32_t rows = list->rows;
+    if (rows == 0) continue;
+    const uint8_t own = level_for(uint8_t(level), t.dtype);
+    // What does not fit its site has no bytes, and may have no elements either.
+    const uint32_t bytes = p.fate != Fate::kCapture ? 0 : uint32_t(level_row_bytes(own, p.elements, t.element, p.top));
+    if (!visit(Part{list, first, rows, own, bytes, at})) return;
+    first += rows;
+    at += aligned(uint64_t{rows} * bytes);
   }
 }
 
@@ -54,6 +47,7 @@ DMI_HD inline Plan plan_levelled(const Fixed& f, const Tensor& t) {
   const Gate gate = f.gates[t.site];
   p.selection = gate.selection;
   p.top = gate.top;
+  p.elements = p.fate == Fate::kCapture ? p.row_bytes / t.element : 0;
   p.level = gate.level == DMI_LEVEL_SAMPLED ? uint8_t{DMI_LEVEL_FULL} : gate.level;
   const uint32_t all = p.rows;
   p.rows = 0;
@@ -91,7 +85,7 @@ DMI_HD inline uint32_t granted_of(const Part& part, uint32_t granted) {
 }
 
 constexpr uint32_t kMostWarps = 8;       // of a block
-constexpr uint32_t kLongRow = 16 << 10;  // bytes that keep all threads of a block busy
+constexpr uint32_t kLongRow = 64 << 10;  // bytes that would keep a warp too long
 
 // Rows of a computed part that a block has at a time, which is a unit of work: one for each of its warps, or one.
 DMI_HD inline uint32_t unit_rows(const Plan& p, uint32_t rows) { return rows < kMostWarps || p.row_bytes >= kLongRow ? 1 : kMostWarps; }
@@ -115,21 +109,15 @@ DMI_HD inline uint32_t levelled_units(const Fixed& f, const Tensor& t, const Pla
 // ------------------------------------------------------------------ rows that are computed
 // Of the finite elements of a row, as far as some lanes have seen them. No default values: it lies in shared memory.
 struct Tally {
-  double sum, squares, least, greatest;  // +-infinity while there are none
+  double sum, squares;
+  float least, greatest;  // what figures round them to; +-infinity while there are none
   uint32_t finite, spare;
 
-  DMI_HD void add(double v) {
-    sum += v;
-    squares += v * v;
-    least = v < least ? v : least;
-    greatest = v > greatest ? v : greatest;
-    ++finite;
-  }
   DMI_HD void merge(const Tally& o) {
     sum += o.sum;
     squares += o.squares;
-    least = o.least < least ? o.least : least;
-    greatest = o.greatest > greatest ? o.greatest : greatest;
+    least = fminf(least, o.least);
+    greatest = fmaxf(greatest, o.greatest);
     finite += o.finite;
   }
   // `count`: elements in all.
@@ -144,6 +132,7 @@ struct Tally {
     return sums;
   }
 };
+DMI_HD inline Tally nothing() { return {0, 0, INFINITY, -INFINITY, 0, 0}; }
 
 // An element of a row, and where it stands.
 struct Standing {
@@ -283,7 +272,7 @@ DMI_HD void each_wide(const Tensor& t, const Plan& p, const std::byte* row, uint
 template <typename Visit>
 DMI_HD void each_number(const Tensor& t, const Plan& p, const std::byte* row, const Counting& counts, uint32_t lane, uint32_t lanes,
                         Visit visit) {
-  const uint32_t elements = p.row_bytes / t.element;
+  const uint32_t elements = p.elements;
 #ifdef __CUDA_ARCH__
 #pragma unroll 1
 #endif
@@ -308,55 +297,46 @@ struct Words {
   }
 };
 
+// This lane's share of any row.
+DMI_HD DMI_APART inline Tally tally_any(const Tensor& t, const Plan& p, const std::byte* row, const Counting& counts, uint32_t lane,
+                                        uint32_t lanes) {
+  Tally seen = nothing();
+  each_number(t, p, row, counts, lane, lanes, [&](uint32_t, double v) {
+    if (!finite(v)) return;
+    seen.merge({v, v * v, float(v), float(v), 1, 0});
+  });
+  return seen;
+}
+
+// Of a usual row whose elements are all finite; of others its sum is not.
+DMI_HD inline Tally tally_usual(const Tensor& t, const Plan& p, const std::byte* row, uint32_t lane, uint32_t lanes) {
+  Tally seen = nothing();
+  each_wide<kInFlight>(t, p, row, lane, lanes, [&](uint32_t, const auto& values) {
+    constexpr uint32_t kEach = sizeof values / sizeof values[0];
+#ifdef __CUDA_ARCH__
+#pragma unroll
+#endif
+    for (uint32_t k = 0; k < kEach; ++k) {
+      const double d = values[k];
+      seen.sum += d;
+      seen.squares += d * d;
+      seen.least = fminf(seen.least, values[k]);
+      seen.greatest = fmaxf(seen.greatest, values[k]);
+    }
+    seen.finite += kEach;
+  });
+  return seen;
+}
+
 template <typename Block>
-DMI_HD DMI_APART void summarise_row(const Team<Block>& team, const Tensor& t, const Plan& p, const std::byte* row, const Counting& counts,
-                                    const Words& to) {
-  Tally seen{0, 0, INFINITY, -INFINITY, 0, 0};
-  if (usual(t, p, counts)) {
-    float least = INFINITY, greatest = -INFINITY;
-    each_wide<kInFlight>(t, p, row, team.lane(), team.lanes(), [&](uint32_t first, const auto& values) {
-      constexpr uint32_t kEach = sizeof values / sizeof values[0];
-      float odd = 0;  // a NaN as soon as one of them is not finite
-#ifdef __CUDA_ARCH__
-#pragma unroll
-#endif
-      for (uint32_t k = 0; k < kEach; ++k) odd += values[k] * 0.0f;
-      if (odd == 0) {
-#ifdef __CUDA_ARCH__
-#pragma unroll
-#endif
-        for (uint32_t k = 0; k < kEach; ++k) {
-          const double d = values[k];
-          seen.sum += d;
-          seen.squares += d * d;
-          least = fminf(least, values[k]);
-          greatest = fmaxf(greatest, values[k]);
-        }
-        seen.finite += kEach;
-        return;
-      }
-#ifdef __CUDA_ARCH__
-#pragma unroll 1
-#endif
-      for (uint32_t k = 0; k < kEach; ++k) {
-        const float v = float_at(t, p, row, first + k);
-        if (!finite(v)) continue;
-        seen.sum += v;
-        seen.squares += double(v) * v;
-        least = fminf(least, v);
-        greatest = fmaxf(greatest, v);
-        ++seen.finite;
-      }
-    });
-    seen.least = least;
-    seen.greatest = greatest;
-  } else {
-    each_number(t, p, row, counts, team.lane(), team.lanes(), [&](uint32_t, double v) {
-      if (finite(v)) seen.add(v);
-    });
-  }
-  seen = team.all(seen, team.meet.tally, [](Tally& a, const Tally& b) { a.merge(b); });
-  const Sums sums = seen.sums(counts.all(p.row_bytes / t.element));
+DMI_HD void summarise_row(const Team<Block>& team, const Tensor& t, const Plan& p, const std::byte* row, const Counting& counts,
+                          const Words& to) {
+  auto all = [&](const Tally& own) { return team.all(own, team.meet.tally, [](Tally& a, const Tally& b) { a.merge(b); }); };
+  Tally seen;
+  seen.sum = NAN;
+  if (usual(t, p, counts)) seen = all(tally_usual(t, p, row, team.lane(), team.lanes()));
+  if (!finite(seen.sum)) seen = all(tally_any(t, p, row, counts, team.lane(), team.lanes()));
+  const Sums sums = seen.sums(counts.all(p.elements));
   for (uint32_t i = team.lane(); i < DMI_STATS; i += team.lanes()) to.put(i, float(sums.figure(i)));
 }
 
@@ -402,7 +382,7 @@ DMI_HD inline uint32_t code_of(uint8_t level, float v, float inverse) {
 template <typename Block>
 DMI_HD DMI_APART void quantise_row(const Team<Block>& team, const Tensor& t, const Plan& p, const std::byte* row, const Counting& counts,
                                    uint8_t level, const Words& to) {
-  const uint32_t elements = p.row_bytes / t.element;
+  const uint32_t elements = p.elements;
   const bool as_usual = usual(t, p, counts);
   float most = 0;
   auto look = [&](float v) {
@@ -468,8 +448,9 @@ DMI_HD DMI_APART void compute_rows(Block& block, Rendezvous& meet, const Fixed& 
                                    uint32_t begin, uint32_t end, const Target& to) {
   const Team<Block> team{block, meet, unit_rows(p, part.rows) == 1};
   const uint64_t start = to.offset % to.capacity;
+  const Rows rows = rows_of(t, p.outers, p.flat_stride, p.row_bytes, *part.list);
   for (uint32_t row = begin + (team.whole ? 0 : block.warp()); row < end; row += team.whole ? 1 : block.warps()) {
-    const std::byte* from = row_address(f, t, p, *part.list, row);
+    const std::byte* from = rows.linear ? t.data + rows.first + uint64_t{row} * p.row_bytes : row_address(f, t, p, *part.list, row);
     const Counting counts = counting(f, t, p, *part.list, row);
     const uint64_t at = start + uint64_t{row - begin} * part.row_bytes;
     const Words words{to.ring, to.capacity, at < to.capacity ? at : at - to.capacity};

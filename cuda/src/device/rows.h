@@ -26,6 +26,7 @@ struct Plan {
   // Of levelled steps. `rows` are those that are wanted, at whatever level; `off` more behind them are not.
   uint64_t room;  // bytes of the ring that they take
   uint32_t off;
+  uint32_t elements;  // of a row
   uint16_t selection;
   uint8_t level;  // of all rows, where selection is 0
   uint8_t top;    // of rows at STATS: greatest elements
