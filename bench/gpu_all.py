@@ -45,7 +45,7 @@ PARTS = [
     Part("overhead-38-graph", 420, f"bench/gpu_overhead.py residual:graph:1,8,32,64,128,256 --name gpu_overhead_38 {SAVE}"),
     Part("overhead-434-graph", 480, f"bench/gpu_overhead.py all:graph:1,8,32,64,128,256 --name gpu_overhead_434 {SAVE}"),
     Part("stats-434-graph", 420, f"bench/gpu_overhead.py all:graph:1,32,256:stats all:graph:256:stats:8 --name gpu_stats {SAVE}"),
-    Part("latency", 150, f"bench/gpu_latency.py {SAVE}"),
+    Part("latency", 300, f"bench/gpu_latency.py {SAVE}"),
     Part("drain", 180, f"bench/gpu_drain.py {SAVE}"),
     Part("seed-graph", 540, f"bench/gpu_seed.py --ways graph --name gpu_seed_graph --plot bench/results/gpu_seed_graph.svg {SAVE}"),
     Part("sweep", 300, f"bench/gpu_sweep.py --plot bench/results/gpu_sweep.svg {SAVE}"),

@@ -8,6 +8,7 @@ measured in turns in one process, medians of the rounds are reported. Between th
 released as an engine would that throws it away: the ring never fills, and no engine competes for the cores. All of the ring was
 written before. A clone goes to memory that the allocator gives again and again, and that is in the caches; a capture to the next place
 of a ring, which is not: what that alone costs, torch's own copy to the next place of a buffer of the same size, is measured beside.
+Last, what a decoding step costs besides: `with session.step(rows=...)` around nothing.
 `--save` writes bench/results/.
 """
 
@@ -23,6 +24,9 @@ import result
 import torch
 
 from dmi import _abi, native
+from dmi.hook import Collector
+from dmi.huggingface import Steps
+from dmi.requests import Requests, new_run
 
 LAYERS, WIDTH = 36, 2560
 CALLS = 20  # a timing of single calls
@@ -170,6 +174,18 @@ def measure(rounds: int) -> list[dict[str, object]]:
     torch.ops.dmi.capture(handle, one, site)
     outside, _ = median_us(lambda: op(handle, one, site), lambda: None, lambda: None, rounds)
     row("one tensor, one call, outside a step (nothing captured)", outside)
+    for batch in (1, 32, 256):
+        steps = Steps(torch.nn.Identity(), ring, Requests(new_run({}, [])), Collector(handle), keyed=False)
+        mask = torch.ones(batch, 1, dtype=torch.int64)
+        numbers = None
+
+        def by_hand(steps: Steps = steps, mask: torch.Tensor = mask) -> None:
+            nonlocal numbers
+            with steps.by_hand(mask, requests=numbers) as numbers:
+                pass
+
+        ours, _ = median_us(by_hand, discard, lambda: None, rounds)
+        row(f"a decoding step by hand, around nothing, {LAYERS} sites, batch {batch}", ours)
     ring.close()
     return rows
 

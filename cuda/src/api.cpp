@@ -77,6 +77,17 @@ void abort_open_step(Ring& ring, Place& place) {
   place.lane = nullptr;
 }
 
+int32_t open_step(int64_t ring, const Opening& opening) {
+  return with_ring("open step", ring, [&](Ring& r) -> int32_t {
+    Place& place = places.of(ring);
+    abort_open_step(r, place);
+    place.lane = r.open_step(opening, place.preferred);
+    if (place.lane == nullptr) return 0;
+    place.preferred = place.lane->index();
+    return place.lane->step.gated ? 0 : 1;
+  });
+}
+
 }  // namespace
 }  // namespace dmi
 
@@ -175,14 +186,15 @@ int32_t dmi_ring_close(int64_t ring) {
 
 int32_t dmi_step_open(int64_t ring, uint64_t step, const dmi_span* spans, uint32_t count, const uint32_t width[DMI_SPACES], uint32_t keys,
                       uint32_t table_flags, void* stream) {
-  return dmi::with_ring("open step", ring, [&](Ring& r) -> int32_t {
-    Place& place = dmi::places.of(ring);
-    dmi::abort_open_step(r, place);
-    place.lane = r.open_step({step, spans, count, width, keys, table_flags, stream}, place.preferred);
-    if (place.lane == nullptr) return 0;
-    place.preferred = place.lane->index();
-    return place.lane->step.gated ? 0 : 1;
-  });
+  return dmi::open_step(ring, {step, spans, count, width, keys, table_flags, stream});
+}
+
+int32_t dmi_step_next(const dmi_series* s, uint64_t step, uint32_t keys, void* stream) {
+  for (uint32_t i = 0; i < s->count; ++i) {
+    ++s->spans[i].position;
+    s->spans[i].phase = DMI_PHASE_DECODE;
+  }
+  return dmi::open_step(s->ring, {step, s->spans, s->count, s->width, keys, s->table_flags, stream});
 }
 
 int32_t dmi_step_close(int64_t ring, uint64_t step, int32_t aborted, void* stream) {

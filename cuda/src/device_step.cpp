@@ -31,7 +31,7 @@ Lane* Ring::open_on_device(const Opening& opening) {
 
   Lane::Step& step = lane.step;
   try {
-    build_row_lists(step.rows, opening.spans, opening.count, opening.width, (opening.flags & DMI_TABLE_PACKED) != 0);
+    build_row_lists(step.rows, step.source, opening.spans, opening.count, opening.width, (opening.flags & DMI_TABLE_PACKED) != 0);
     step.number = opening.step;
     step.gated = step.gave_up = false;
     step.sites = sites;

@@ -59,6 +59,7 @@ class Lane {
     uint64_t wait_ns = 0;
     uint64_t op_ns = 0;
     RowLists rows;
+    RowSource source;           // of rows
     std::vector<uint8_t> left;  // by site: records still set aside for it
     // Latched from the gates, by site: the level of all rows, or which of the selections (from 1 on) says what level each has.
     std::vector<uint8_t> level;

@@ -40,6 +40,30 @@ void clear(RowList& list, uint64_t width) {
   list.width = width;
 }
 
+bool same_rows(const RowLists& lists, const RowSource& source, const dmi_span* spans, uint32_t count, const uint32_t width[DMI_SPACES],
+               bool packed) {
+  if (count == 0 || count != source.spans.size() || packed != source.packed) return false;
+  for (uint32_t space = 0; space < DMI_SPACES; ++space) {
+    if (lists[space].width != (packed ? 0 : width[space])) return false;
+  }
+  uint64_t differ = 0;  // in what row lists say, positions aside
+  for (uint32_t i = 0; i < count; ++i) {
+    const dmi_span &a = source.spans[i], &b = spans[i];
+    differ |= (a.request ^ b.request) | (a.space ^ b.space) | (a.batch ^ b.batch) | (a.first ^ b.first) | (a.count ^ b.count) |
+              (a.key_first ^ b.key_first) | uint64_t(a.flags ^ b.flags);
+  }
+  return differ == 0;
+}
+
+void move_on(RowLists& lists, const dmi_span* spans, uint32_t count) {
+  std::array<size_t, DMI_SPACES> next{};
+  for (uint32_t i = 0; i < count; ++i) {
+    const dmi_span& span = spans[i];
+    if (span.count == 0 || (span.flags & DMI_SPAN_NO_ROWS) != 0) continue;
+    lists[span.space].owns[next[span.space]++].position = span.position;
+  }
+}
+
 // Row `row` to runs of a level, which it may go on.
 void append(std::vector<dmi_run>& runs, uint32_t row, dmi_run fresh) {
   if (!runs.empty()) {
@@ -101,7 +125,10 @@ uint64_t token_rows(const dmi_span* spans, uint32_t count) {
   return rows;
 }
 
-void build_row_lists(RowLists& lists, const dmi_span* spans, uint32_t count, const uint32_t width[DMI_SPACES], bool packed) {
+void build_row_lists(RowLists& lists, RowSource& source, const dmi_span* spans, uint32_t count, const uint32_t width[DMI_SPACES],
+                     bool packed) {
+  if (same_rows(lists, source, spans, count, width, packed)) return move_on(lists, spans, count);
+  source.spans.clear();  // until the lists are made
   for (uint32_t space = 0; space < DMI_SPACES; ++space) {
     clear(lists[space], packed ? 0 : width[space]);
   }
@@ -122,6 +149,8 @@ void build_row_lists(RowLists& lists, const dmi_span* spans, uint32_t count, con
     if (list.rows + span.count > UINT32_MAX) refuse("more than 2^32 rows");
     if (span.count != 0) append(list, span, 0, span.count);
   }
+  source.spans.assign(spans, spans + count);
+  source.packed = packed;
 }
 
 }  // namespace dmi

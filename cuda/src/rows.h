@@ -39,6 +39,12 @@ struct RowList {
 
 using RowLists = std::array<RowList, DMI_SPACES>;
 
+// What row lists were made of.
+struct RowSource {
+  std::vector<dmi_span> spans;
+  bool packed = false;
+};
+
 // The rows of a step by level, for sites with one gate: what a row table's runs say.
 class Selection {
  public:
@@ -60,9 +66,11 @@ class Selection {
   std::array<std::vector<dmi_run>, DMI_LEVELS> runs_;  // of the space at hand
 };
 
-// Fills `lists`, keeping their memory. Throws Error on a span that no source can have.
 // Rows of the token space that the spans say a step has.
 uint64_t token_rows(const dmi_span* spans, uint32_t count);
-void build_row_lists(RowLists& lists, const dmi_span* spans, uint32_t count, const uint32_t width[DMI_SPACES], bool packed);
+// Fills `lists`, keeping their memory. Throws Error on a span that no source can have. Where they were made of the same rows, of which only
+// the positions moved on, as from token to token, little is done.
+void build_row_lists(RowLists& lists, RowSource& source, const dmi_span* spans, uint32_t count, const uint32_t width[DMI_SPACES],
+                     bool packed);
 
 }  // namespace dmi

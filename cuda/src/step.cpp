@@ -247,7 +247,7 @@ Lane* Ring::open_step(const Opening& opening, uint32_t preferred) {
   Lane& lane = *found;
   Lane::Step& step = lane.step;
   try {
-    build_row_lists(step.rows, opening.spans, opening.count, opening.width, (opening.flags & DMI_TABLE_PACKED) != 0);
+    build_row_lists(step.rows, step.source, opening.spans, opening.count, opening.width, (opening.flags & DMI_TABLE_PACKED) != 0);
   } catch (...) {
     lane.release();
     throw;

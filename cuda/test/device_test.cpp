@@ -203,7 +203,8 @@ uint64_t step(World& w, std::mt19937_64& random, uint64_t number, uint64_t& owed
   }
   const uint32_t widths[DMI_SPACES] = {width, width, 0};
   RowLists lists;
-  build_row_lists(lists, spans.data(), uint32_t(spans.size()), widths, false);
+  RowSource source;
+  build_row_lists(lists, source, spans.data(), uint32_t(spans.size()), widths, false);
   Opening o{};
   o.step = number;
   o.sites = kSites;

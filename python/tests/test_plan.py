@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 import re
 import subprocess
 import sys
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import dmi
-from dmi import instrument, native
+from dmi import _abi, instrument, native
 from dmi.families import Mapping
 from dmi.hook import HookError, HookPoint
 from observed import FAMILIES, Ledger, fresh_seed, model_of, observed
@@ -313,6 +315,45 @@ def test_steps_by_hand() -> None:
         second = model.stack[0].mixer(packed[:2])
         assert torch.equal(session.tensor("stack.0.mixer", requests[0]), torch.cat([first[:3], second[:1]]))
         assert torch.equal(session.tensor("stack.0.mixer", requests[1]), torch.cat([first[3:], second[1:]]))
+
+
+def test_steps_by_hand_go_on_in_any_order() -> None:
+    """Decoding, prompts, batches by turns and masks that change in place: the rows of every step have the positions that follow from the steps before."""
+    chance = random.Random(fresh_seed())
+    with torch.inference_mode():
+        frozen = torch.ones(2, 1, dtype=torch.int64)  # does not say when it changes
+    masks = [torch.ones(2, 1, dtype=torch.int64), torch.ones(3, 1, dtype=torch.int64), torch.tensor([[0, 1], [1, 1]]), frozen]
+    shapes: list[Any] = [1, 4, [1, 1], [2, 3], *masks]
+    known: dict[int, int] = {}  # request -> its rows so far
+    batches: dict[int, list[list[int]]] = {}  # size -> the requests of batches of it
+    want = []
+    with observed(Model(), ["stack.0.mixer"]) as session:
+        rows, requests = shapes[0], None
+        for _ in range(300):
+            if chance.random() < 0.2:
+                rows, requests = chance.choice(shapes), None
+            elif isinstance(rows, Tensor) and chance.random() < 0.1:
+                with torch.inference_mode(rows.is_inference()):
+                    rows[chance.randrange(len(rows)), 0] ^= 1
+            packed = not isinstance(rows, Tensor)
+            counts = ([rows] if isinstance(rows, int) else rows) if packed else rows.sum(1).tolist()
+            if requests is None or chance.random() < 0.1:
+                requests = chance.choice([*batches.get(len(counts), []), None])
+            with contextlib.suppress(KeyError), session.instrumentation.step(rows, requests=requests) as requests:
+                if chance.random() < 0.1:
+                    raise KeyError  # an aborted step has its positions all the same
+            batches.setdefault(len(counts), []).append(requests)
+            assert session.requests.latest == requests
+            step = []
+            for request, count in zip(requests, counts, strict=True):
+                position = known.get(request, 0)
+                decoded = position > 0 and (count if packed else rows.shape[1]) == 1
+                step += [(request, position, _abi.Phase.DECODE if decoded else _abi.Phase.PREFILL)] if count else []
+                known[request] = position + count
+            want.append(step)
+            session.drain()
+        got = [[(s.request, s.position, s.phase) for s in step.spans if s.space == _abi.Space.TOKENS] for step in session.reader.steps]
+    assert got == want
 
 
 def test_the_model_may_be_called_within_a_step_by_hand() -> None:

@@ -30,6 +30,7 @@ class Outside:
         self.slept: list[bool] = []
         monkeypatch.setattr(torch.ops.dmi.capture, "default", self.watched(torch.ops.dmi.capture.default))
         monkeypatch.setattr(native.Ring, "open_step", self.watched(native.Ring.open_step))
+        monkeypatch.setattr(native.Ring, "open_next", self.watched(native.Ring.open_next))
         monkeypatch.setattr(native.Ring, "close_step", self.watched(native.Ring.close_step))
 
     def watched(self, call: Callable[..., Any]) -> Callable[..., Any]:

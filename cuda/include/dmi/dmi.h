@@ -116,6 +116,18 @@ DMI_API int32_t dmi_ring_close(int64_t ring);
 DMI_API int32_t dmi_step_open(int64_t ring, uint64_t step, const struct dmi_span* spans, uint32_t count, const uint32_t width[DMI_SPACES],
                               uint32_t keys, uint32_t table_flags, void* stream);
 
+/* Steps that follow each other, with a token a row: `spans` as of the last one. */
+struct dmi_series {
+  int64_t ring;
+  struct dmi_span* spans;
+  uint32_t count;
+  uint32_t width[DMI_SPACES];
+  uint32_t table_flags;
+};
+
+/* Opens the next one, as dmi_step_open does: moves the spans on by a token, which is a decoded one's. They move, whatever this returns. */
+DMI_API int32_t dmi_step_next(const struct dmi_series* series, uint64_t step, uint32_t keys, void* stream);
+
 /* Closes that step; does nothing if the thread has not got it open (any more). DMI_ERROR_TIMEOUT if a capture of the step gave up. */
 DMI_API int32_t dmi_step_close(int64_t ring, uint64_t step, int32_t aborted, void* stream);
 

@@ -36,21 +36,20 @@ void check(cudaError_t status, const char* what) {
 // Makes a device current for a scope, and lets calls that a recording would refuse (allocations) through.
 class Scope {
  public:
-  explicit Scope(int ordinal) {
+  explicit Scope(int ordinal) : ordinal_(ordinal) {
     cudaGetDevice(&before_);
     if (before_ != ordinal) cudaSetDevice(ordinal);
     cudaThreadExchangeStreamCaptureMode(&mode_);
   }
   ~Scope() {
     cudaThreadExchangeStreamCaptureMode(&mode_);
-    int now = before_;
-    cudaGetDevice(&now);
-    if (now != before_) cudaSetDevice(before_);
+    if (before_ != ordinal_) cudaSetDevice(before_);
   }
   Scope(const Scope&) = delete;
   Scope& operator=(const Scope&) = delete;
 
  private:
+  const int ordinal_;
   int before_ = 0;
   cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
@@ -330,9 +329,14 @@ Meeting* Cuda::meeting(bool keep) {
   return graph_ + graph_used_++;
 }
 
+// The default stream: unlike others it is still there, to be waited for, when a step is opened on another one.
+bool lasts(cudaStream_t stream) { return stream == nullptr || stream == cudaStreamLegacy; }
+
 // Steps of one ring follow each other on the device, whichever streams they run on.
 void Cuda::follow(cudaStream_t stream) {
-  if (any_step_ && stream != last_stream_) check(cudaStreamWaitEvent(stream, last_done_, 0), "open step: order it behind the last one");
+  if (!any_step_ || stream == last_stream_) return;
+  if (lasts(last_stream_)) check(cudaEventRecord(last_done_, last_stream_), "open step: order it behind the last one");
+  check(cudaStreamWaitEvent(stream, last_done_, 0), "open step: order it behind the last one");
 }
 
 // A thread that runs far ahead of the device comes to wait within the driver, with its locks, and the pump's copies behind it: in complete
@@ -374,7 +378,7 @@ void Cuda::close(const DeviceClose& step, void* on, bool same_stream) {
                                      Closing{unix_ns(), step.op_calls, step.op_ns, step.waits, step.wait_ns, step.outside, step.aborted});
   check(cudaGetLastError(), "close step: launch");
   closed_.fetch_add(1, std::memory_order_release);
-  check(cudaEventRecord(last_done_, stream), "close step: record its end");
+  if (!lasts(stream)) check(cudaEventRecord(last_done_, stream), "close step: record its end");
 }
 
 void Cuda::tell_gap(const Gap& gap) {

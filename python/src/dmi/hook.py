@@ -99,8 +99,11 @@ class Collector:
 
     def clear(self) -> None:
         """Begin anew: forget what the forward before, or one that was aborted, left behind."""
-        self._let_go()
-        given = None if self.watching is None else self.watching()
+        if len(self.tensors) > 0:
+            self._let_go()
+        if self.watching is None:
+            return
+        given = self.watching()
         if given is not None:
             given.leave()
         self.watching = None

@@ -37,7 +37,34 @@ class _Again:
     version: int
     numbers: list[int]
     decoding: Decoding
-    opening: dict[str, Any]
+    keys: int
+
+
+class _ByHand:
+    """What `Steps.by_hand` gives. No generator: that would cost as much again as all that it does."""
+
+    __slots__ = ("_asked", "_step", "_steps")
+
+    def __init__(self, steps: Steps, rows: Any, requests: Sequence[int] | None, keys: int | None) -> None:
+        self._steps = steps
+        self._asked = rows, requests, keys
+        self._step = 0
+
+    def __enter__(self) -> list[int]:
+        self._steps._lock.acquire()
+        try:
+            numbers = self._steps._enter(*self._asked)
+        except BaseException:
+            self._steps._lock.release()
+            raise
+        self._step = self._steps._step
+        return numbers
+
+    def __exit__(self, kind: object, *rest: object) -> None:
+        try:
+            self._steps._leave(self._step, aborted=kind is not None)
+        finally:
+            self._steps._lock.release()
 
 
 class Steps:
@@ -206,12 +233,20 @@ class Steps:
             generation = None
             rows = self._plain_rows(forward, inputs)
         try:
-            table = self._spans(forward, rows, skip, generation)
-            if self._conversation == "new":
-                self._tell(rows)
-            self._step = self._requests.next_step()
-            width = (forward.tokens, forward.logits, 0)
-            self._ring.open_step(self._step, table, width=width, keys=forward.past + forward.tokens)
+            keys, width = forward.past + forward.tokens, (forward.tokens, forward.logits, 0)
+            decoding = _going_on(forward, skip, generation)
+            if decoding is not None:
+                self._step = self._requests.next_step()
+                self._ring.open_next(decoding.next(), self._step, keys)
+            else:
+                table = spans(forward, rows, skip=skip, keyed=self._keyed)
+                if generation is not None and forward.decoding:
+                    going = [row for row, over in zip(rows, skip or [False] * len(rows), strict=True) if not over]
+                    generation.decoding = (skip, Decoding(going, self._ring.series(table, width=width)))
+                if self._conversation == "new":
+                    self._tell(rows)
+                self._step = self._requests.next_step()
+                self._ring.open_step(self._step, table, width=width, keys=keys)
         except BaseException:
             if self._conversation == "new":
                 for row in rows:
@@ -221,17 +256,6 @@ class Steps:
             self._generations.opened(generation, pending["input_ids"].shape[1], self._step)
         self._rows = rows
         self._owner = "forward"
-
-    def _spans(self, forward: Forward, rows: list[Row], skip: list[bool], generation: Any) -> bytes:
-        if not forward.decoding or generation is None:
-            return spans(forward, rows, skip=skip, keyed=self._keyed)
-        known: tuple[list[bool], Decoding] | None = generation.decoding
-        if known is not None and known[0] == skip:
-            return known[1].next()
-        table = spans(forward, rows, skip=skip, keyed=self._keyed)
-        going = [row for row, over in zip(rows, skip or [False] * len(rows), strict=True) if not over]
-        generation.decoding = (skip, Decoding(going, table))
-        return table
 
     def _plain_rows(self, forward: Forward, inputs: dict[str, Any]) -> list[Row]:
         aside = self._generations.current() is not None  # a logits processor's own forward, for guidance say
@@ -276,49 +300,76 @@ class Steps:
         self._gone.append(key)
 
     # -------------------------------------------------------------- by hand
-    @contextlib.contextmanager
-    def by_hand(self, rows: Any, requests: Sequence[int] | None = None, keys: int | None = None) -> Iterator[list[int]]:
+    def by_hand(self, rows: Any, requests: Sequence[int] | None = None, keys: int | None = None) -> contextlib.AbstractContextManager[list[int]]:
         """Open a step for a graph that is replayed by hand, or a model that DMI does not drive; yields its requests'
         numbers.
 
         `rows`: a number of rows of one request; a list, rows of several requests one after another; or a mask
         [batch, tokens] of a padded batch, 1 for tokens. `requests`: numbers that an earlier step yielded, to go on
         with. `keys`: slots of the key-value cache in use after the step, pads included."""
-        with self._lock:
-            if self._owner is not None:
-                raise HookError("session.step: a step is open already on this thread; close it first")
-            numbers, table, opening = self._rows_by_hand(rows, requests)
-            if keys is not None:
-                opening = {**opening, "keys": keys}
-            with self._opened(numbers, table, opening):
-                yield numbers
+        return _ByHand(self, rows, requests, keys)
+
+    def _enter(self, rows: Any, requests: Sequence[int] | None, keys: int | None) -> list[int]:
+        if self._owner is not None:
+            raise HookError("session.step: a step is open already on this thread; close it first")
+        again = self._hand_again
+        if (
+            again is not None
+            and again.rows is rows
+            and (requests is again.numbers or requests == again.numbers)
+            and again.version == (rows._version if isinstance(rows, Tensor) else 0)
+        ):
+            step = self._starting(again.numbers)
+            self._ring.open_next(again.decoding.next(), step, again.keys if keys is None else keys)
+            self._owner = "hand"
+            return again.numbers
+        numbers, table, opening = self._rows_by_hand(rows, requests)
+        self._start(numbers, table, opening if keys is None else {**opening, "keys": keys})
+        return numbers
+
+    def _starting(self, numbers: list[int]) -> int:
+        """A number for a step that is about to open, of these requests."""
+        self._requests.batch(numbers)
+        self._collector.clear()
+        self._step = self._requests.next_step()
+        return self._step
+
+    def _start(self, numbers: list[int], table: bytes, opening: dict[str, Any]) -> int:
+        """Open a step whose rows are known before its forward begins. The lock is held."""
+        step = self._starting(numbers)
+        self._ring.open_step(step, table, **opening)
+        self._owner = "hand"
+        return step
+
+    def _leave(self, step: int, *, aborted: bool) -> None:
+        """Close it."""
+        whole = False
+        try:
+            if not aborted:
+                self._collector.flush()
+                whole = True
+        finally:
+            if not whole:
+                self._collector.clear()
+            self._owner = None
+            self._ring.close_step(step, aborted=not whole)
 
     @contextlib.contextmanager
     def _opened(self, numbers: list[int], table: bytes, opening: dict[str, Any]) -> Iterator[int]:
-        """A step whose rows are known before its forward begins; yields its number. The lock is held."""
-        self._requests.batch(numbers)
-        self._collector.clear()
-        step = self._step = self._requests.next_step()
-        self._ring.open_step(step, table, **opening)
-        self._owner = "hand"
-        aborted = True
+        """Such a step; yields its number."""
+        step = self._start(numbers, table, opening)
         try:
             yield step
-            self._collector.flush()
-            aborted = False
-        finally:
-            if aborted:
-                self._collector.clear()
-            self._owner = None
-            self._ring.close_step(step, aborted=aborted)
+        except BaseException:
+            self._leave(step, aborted=True)
+            raise
+        self._leave(step, aborted=False)
 
     def _rows_by_hand(self, rows: Any, requests: Sequence[int] | None) -> tuple[list[int], bytes, dict[str, Any]]:
         """Request numbers, spans, and how the step is opened."""
-        version = rows._version if isinstance(rows, Tensor) else 0
-        again = self._hand_again
-        if again is not None and requests is not None and again.rows is rows and again.version == version:
-            if again.numbers == requests:
-                return again.numbers, again.decoding.next(), again.opening
+        if self._hand_again is not None:
+            self._hand_again.decoding.leave()
+            self._hand_again = None
         forward = None
         if isinstance(rows, Tensor):
             mask = rows.tolist()
@@ -346,9 +397,11 @@ class Steps:
         else:
             table = padded(using, forward)
             opening = {"width": (forward.tokens, forward.tokens, 0), "keys": forward.tokens}
-        self._hand_again = None
-        if set(counts) == {1} and not isinstance(rows, list):  # a list may be another one next time
-            self._hand_again = _Again(rows, version, numbers, Decoding(using, table), opening)
+        # The next is mostly the same. A list may be another one by then; an inference tensor does not say whether it is.
+        same = not isinstance(rows, list) if forward is None else forward.tokens == 1 and not rows.is_inference()
+        if same and set(counts) == {1}:
+            series = self._ring.series(table, width=opening["width"], packed=opening.get("packed", False))
+            self._hand_again = _Again(rows, 0 if forward is None else rows._version, numbers, Decoding(using, series), opening.get("keys", 0))
         return numbers, table, opening
 
 
@@ -394,6 +447,19 @@ def _forward(inputs: dict[str, Any], pending: dict[str, Any] | None, args: tuple
         batch, tokens, past, mask, kept_columns(inputs.get("logits_to_keep", 0), tokens),
         ids.tolist() if isinstance(ids, Tensor) and ids.ndim == 2 and not known else None, decoding=known,
     )  # fmt: skip
+
+
+def _going_on(forward: Forward, skip: list[bool], generation: Any) -> Decoding | None:
+    """The steps that this one is the next of."""
+    if generation is None or generation.decoding is None:
+        return None
+    decoding: Decoding
+    over, decoding = generation.decoding
+    if forward.decoding and over == skip:
+        return decoding
+    decoding.leave()
+    generation.decoding = None
+    return None
 
 
 def _cache_of(output: Any) -> Any:

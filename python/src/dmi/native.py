@@ -54,6 +54,16 @@ class _Options(ctypes.Structure):
     ]
 
 
+class _Series(ctypes.Structure):
+    _fields_ = [
+        ("ring", ctypes.c_int64),
+        ("spans", ctypes.c_void_p),
+        ("count", ctypes.c_uint32),
+        ("width", ctypes.c_uint32 * _abi.SPACES),
+        ("table_flags", ctypes.c_uint32),
+    ]
+
+
 class _Gauges(ctypes.Structure):
     _fields_ = [
         ("payload_used", ctypes.c_uint64),
@@ -109,6 +119,7 @@ def _load() -> ctypes.CDLL:
         ("dmi_ring_finish", i32, [handle, u64]),
         ("dmi_ring_close", i32, [handle]),
         ("dmi_step_open", i32, [handle, u64, ctypes.c_char_p, u32, pointer(u32), u32, u32, ctypes.c_void_p]),
+        ("dmi_step_next", i32, [ctypes.c_void_p, u64, u32, ctypes.c_void_p]),
         ("dmi_step_close", i32, [handle, u64, i32, ctypes.c_void_p]),
     ):
         function = getattr(library, name)
@@ -142,6 +153,16 @@ def _close(library: ctypes.CDLL, handle: int, tensor: torch.Tensor) -> None:
 def pack_spans(spans: Sequence[Span]) -> bytes:
     """Spans as dmi_span structs. Trailing attempt and phase may be left out of a tuple."""
     return b"".join(_SPAN.pack(*span, *(0,) * (11 - len(span))) for span in spans)
+
+
+class Series:
+    """Steps that follow each other with one token a row. Made by `Ring.series`; each is opened by `Ring.open_next`."""
+
+    def __init__(self, ring: int, spans: bytes, width: tuple[int, int, int], packed: bool) -> None:
+        self._spans = (ctypes.c_uint64 * (len(spans) // 8)).from_buffer_copy(spans)
+        self._told = _Series(ring, ctypes.addressof(self._spans), len(spans) // _SPAN.size, width, _abi.TABLE_PACKED if packed else 0)
+        self.address = ctypes.addressof(self._told)
+        """Of what libdmi reads and moves on."""
 
 
 class _Token:
@@ -216,6 +237,7 @@ class Ring:
         self.mode = mode
         options, self.device = ring_options(mode=mode, **given)
         self.lanes = int(options.lanes)
+        self._index = None if self.device.type == "cpu" else self.device.index
         self._handle = _check(self._library, self._library.dmi_ring_create(ctypes.byref(options)))
         with torch.inference_mode(False):
             #: The op's `ring` argument. Keep this very object: compiled code refers to it.
@@ -294,16 +316,26 @@ class Ring:
         )
         return status != _ERROR_CLOSED and _check(self._library, status) == 1
 
+    def series(self, spans: bytes, *, width: tuple[int, int, int], packed: bool = False) -> Series:
+        """Steps that follow one with these spans, a token later each."""
+        return Series(self._handle, spans, width, packed)
+
+    def open_next(self, series: Series, step: int, keys: int = 0) -> bool:
+        """Open the next of a series: as `open_step`, but nothing is made anew of what is as it was. A step that does not open is one of them."""
+        status = self._library.dmi_step_next(series.address, step, keys, self._stream())
+        return status == 1 or (status != _ERROR_CLOSED and _check(self._library, status) == 1)
+
     def close_step(self, step: int, *, aborted: bool = False) -> None:
         """Close the step; no-op where the calling thread has it open no more. Raises CaptureError in complete mode when a capture of
         it gave up at the bound, unless `aborted`: then an exception is under way already."""
-        status = self._library.dmi_step_close(self._handle, step, int(aborted), self._stream())
-        if status != _ERROR_CLOSED:
+        status = self._library.dmi_step_close(self._handle, step, aborted, self._stream())
+        if status < 0 and status != _ERROR_CLOSED:
             _check(self._library, status)
 
     def _stream(self) -> int | None:
         """Where torch's work of this thread goes, on the ring's device."""
-        return None if self.device.type == "cpu" else int(torch.cuda.current_stream(self.device).cuda_stream)
+        # A tenth of what torch.cuda.current_stream(), which makes an object, costs.
+        return None if self._index is None else int(torch._C._cuda_getCurrentRawStream(self._index))
 
     @property
     def device_bytes(self) -> int:

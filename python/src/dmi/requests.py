@@ -187,15 +187,18 @@ class Requests(Sequence[str]):
                 self.crowded()
 
     def batch(self, requests: list[int]) -> None:
-        """These are the last forward's, or generate's."""
+        """These are the last forward's, or generate's. The list is not changed any more."""
+        if requests is self._batch_numbers:
+            return
         with self.lock:
             if requests == self._batch_numbers:
+                self._batch_numbers = requests
                 return
             records = [self._requests[number] for number in requests]
             self._batch = [record.id for record in records if not record.hidden]
             for run in {record.run.id: record.run for record in records}.values():
                 run.batch = [record.id for record in records if record.run is run and not record.hidden]
-            self._batch_numbers = list(requests)
+            self._batch_numbers = requests
 
     def reference(self, label: str, value: str) -> dict[str, Any]:
         """Where the captures of the newest request with that label are; or the reason why there are none."""

@@ -173,19 +173,23 @@ def _kept(forward: Forward, first: int, count: int) -> Iterator[tuple[int, int, 
 
 
 class Decoding:
-    """Spans of steps that follow each other with one token a row: those of the first, moved on. A batch of hundreds would otherwise
-    cost the model's thread a millisecond of packing at every token."""
+    """Steps that follow each other with one token a row. Their spans are those of the first, which libdmi moves on: a batch of hundreds would otherwise
+    cost the model's thread a millisecond of packing at every token. `series`: as `native.Ring.series` gives it."""
 
-    def __init__(self, rows: Sequence[Row], table: bytes) -> None:
-        self.rows = list(rows)
-        self._spans = np.frombuffer(bytearray(table), SPANS)
+    def __init__(self, rows: Sequence[Row], series: Any) -> None:
+        self._rows = list(rows)
+        self._series = series
+        self._moved = 0
 
-    def next(self) -> bytes:
-        self._spans["position"] += 1
-        self._spans["phase"] = DECODE
-        for row in self.rows:
-            row.valid = row.done = row.valid + 1
-        return self._spans.tobytes()
+    def next(self) -> Any:
+        self._moved += 1
+        return self._series
+
+    def leave(self) -> None:
+        """Other steps follow: the rows are told how far they have come."""
+        for row in self._rows:
+            row.valid = row.done = row.valid + self._moved
+        self._moved = 0
 
 
 def packed(requests: Sequence[Row], counts: Sequence[int]) -> bytes:
