@@ -2,11 +2,13 @@
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstdlib>
 #include <mutex>
 #include <string>
+#include <vector>
 
 #include "error.h"
 
@@ -28,7 +30,8 @@ struct Rings {
   std::mutex mutex;  // creating and closing
   std::array<Slot, kSlots> slots;
   int64_t created = 0;
-  std::atomic<uint32_t> used{0};  // no slot from here on was ever taken
+  std::vector<const void*> tokens;  // all that there ever were
+  std::atomic<uint32_t> used{0};    // no slot from here on was ever taken
 };
 
 Rings& rings() {
@@ -79,6 +82,7 @@ int64_t create_ring(const dmi_ring_options& options) {
     const int64_t handle = (++all.created << kSlotBits) | i;
     slot.handle.store(handle);
     slot.token.store(ring->device() == nullptr ? nullptr : ring->device()->token());
+    if (ring->device() != nullptr) all.tokens.push_back(ring->device()->token());
     slot.ring.store(ring);
     if (i >= all.used.load()) all.used.store(i + 1);
     return handle;
@@ -92,7 +96,8 @@ int64_t ring_of_token(const void* token) {
     // A token is never used again, so a handle that changes meanwhile is one that finds nothing.
     if (all.slots[i].token.load() == token && token != nullptr) return all.slots[i].handle.load();
   }
-  return 0;
+  std::lock_guard lock(all.mutex);
+  return std::find(all.tokens.begin(), all.tokens.end(), token) != all.tokens.end() ? 0 : -1;
 }
 
 void close_ring(int64_t handle) {

@@ -142,7 +142,12 @@ Target target_of(const TensorArgument& ring) {
   TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(ring.get(), &data));
   if (device == cpu) return {*static_cast<const int64_t*>(data), nullptr};
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(ring.get(), &index));
-  return {dmi_ring_of_token(data), current_stream(index)};
+  const int64_t handle = dmi_ring_of_token(data);
+  STD_TORCH_CHECK(
+      handle >= 0,
+      "dmi::capture: `ring` is a copy of a ring's tensor, which on a CUDA device is known by where it lies. Compilers' backends that "
+      "copy what an operation changes, as torch.compile(backend=\"aot_eager\") does, cannot capture there; use the default backend");
+  return {handle, current_stream(index)};
 }
 
 // The threads that compute the model's own operations, which do nothing else while it captures.

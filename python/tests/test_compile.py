@@ -12,7 +12,7 @@ import torch
 import torch._dynamo.utils
 from torch import Tensor, nn
 
-from observed import FAMILIES, fresh_seed, model_of, observed
+from observed import DEVICE, FAMILIES, fresh_seed, model_of, observed
 from reference import Clones, check, expected
 
 pytestmark = pytest.mark.newest
@@ -33,9 +33,13 @@ def fresh_compiler() -> Any:
     torch._dynamo.reset()
 
 
+COMPLETE = "aot_eager" if DEVICE.type == "cpu" else "inductor"
+"""A backend with all that comes before code is generated. On a GPU it is refused (see test_a_copy_of_the_rings_tensor_is_refused): it copies what operations change."""
+
+
 def backend(family: str) -> str:
     """Dynamo's part differs by family, what comes after does not."""
-    return "aot_eager" if family == "llama" else "eager"
+    return COMPLETE if family == "llama" else "eager"
 
 
 def graphs() -> int:
@@ -72,7 +76,7 @@ def test_compiled_before_attaching_and_after_detaching(way: str) -> None:
     ids = torch.randint(3, 128, (2, 9))
     with torch.no_grad():
         plain = model(ids, use_cache=False).logits
-        compiled = WAYS[way](model, fullgraph=True, backend="aot_eager")
+        compiled = WAYS[way](model, fullgraph=True, backend=COMPLETE)
         assert torch.allclose(compiled(ids, use_cache=False).logits, plain, atol=1e-5)
         assert graphs() == 1
         with observed(model, ["**"]) as session:
@@ -95,7 +99,7 @@ def test_wrapper_made_before_and_model_given(way: str) -> None:
     """Attaching to the wrapper is attaching to the model."""
     fresh_seed()
     model = model_of("llama")
-    wrapper = WAYS[way](model, backend="aot_eager")
+    wrapper = WAYS[way](model, backend=COMPLETE)
     with observed(wrapper, ["logits"]) as session, torch.no_grad():
         wrapper(torch.randint(3, 128, (1, 4)), use_cache=False)
         session.check_books()
@@ -115,7 +119,7 @@ def test_layers_compiled_one_by_one_share_their_graphs() -> None:
             states = copy.deepcopy(model)(ids, use_cache=False, output_hidden_states=True).hidden_states
         with observed(model, ["blocks.**", "logits"]) as session, torch.no_grad():
             for layer in model.model.layers:
-                layer.compile(fullgraph=True, backend="aot_eager")
+                layer.compile(fullgraph=True, backend=COMPLETE)
             model(ids, use_cache=False)
             session.check_books()
             for n in range(layers - 1):
@@ -134,7 +138,7 @@ def test_layers_compiled_one_by_one_take_any_length() -> None:
         ).hidden_states
     with observed(model, ["blocks.**"]) as session, torch.no_grad():
         for layer in model.model.layers:
-            layer.compile(fullgraph=True, backend="aot_eager")
+            layer.compile(fullgraph=True, backend=COMPLETE)
         for length in range(5, 18):
             model(torch.arange(3, 3 + length)[None], use_cache=False)
         session.check_books()
@@ -176,7 +180,7 @@ def test_a_point_of_the_users_in_layers_compiled_one_by_one() -> None:
         handle.remove()
     with observed(model, ["point*"]) as session, torch.no_grad():
         for layer in model.layers:
-            layer.compile(fullgraph=True, backend="aot_eager")
+            layer.compile(fullgraph=True, backend=COMPLETE)
         model(x)
         session.check_books()
         for n in range(12):
@@ -190,7 +194,7 @@ def test_inside_a_function_of_the_users_captures_are_counted_as_outside() -> Non
     model = model_of("llama")
     ids = torch.randint(3, 128, (2, 9))
 
-    @torch.compile(fullgraph=True, backend="aot_eager")
+    @torch.compile(fullgraph=True, backend=COMPLETE)
     def best(ids: Tensor) -> Tensor:
         return model(ids, use_cache=False).logits.argmax(-1)
 
@@ -202,7 +206,8 @@ def test_inside_a_function_of_the_users_captures_are_counted_as_outside() -> Non
         assert session.instrumentation.outside() == 2
         reference = model(ids, use_cache=False, output_hidden_states=True)
         for row, request in enumerate(requests):
-            assert torch.equal(session.tensor("blocks.0.hook_resid_post", request), reference.hidden_states[1][row])
+            # Another program, which may round differently where code is generated.
+            assert torch.allclose(session.tensor("blocks.0.hook_resid_post", request), reference.hidden_states[1][row], rtol=0, atol=0 if COMPLETE == "aot_eager" else 1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

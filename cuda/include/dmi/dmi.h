@@ -76,7 +76,7 @@ DMI_API int32_t dmi_has_cuda(void);
 
 /* Eight bytes of device memory that stand for a ring with a device; valid as long as the process lives. NULL for others. */
 DMI_API void* dmi_ring_token(int64_t ring);
-/* The ring of a token; 0 for what is none, or its ring closed. */
+/* The ring of a token; 0 if it is closed, -1 for what never was a token. */
 DMI_API int64_t dmi_ring_of_token(const void* token);
 /* Device memory in use by the ring, in bytes; 0 on the CPU. */
 DMI_API int64_t dmi_ring_device_bytes(int64_t ring);

@@ -431,3 +431,15 @@ def test_no_step_in_a_recording() -> None:
     ring.close()
 
 
+
+
+def test_a_copy_of_the_rings_tensor_is_refused() -> None:
+    """A ring on a device is known by where its tensor lies; a copy, as some compilers' backends make, must not be silence. What was compiled for a ring that is closed goes on."""
+    ring = on_gpu()
+    site = ring.add_site("x", layer=None, space=TOKENS, roles=[ROW, INNER])
+    x = torch.zeros(4, 8, device="cuda")
+    with pytest.raises(RuntimeError, match="is a copy of a ring's tensor"):
+        torch.ops.dmi.capture(ring.tensor.clone(), [x], [site])
+    token = ring.tensor
+    ring.close()
+    torch.ops.dmi.capture(token, [x], [site])
