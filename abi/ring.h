@@ -290,8 +290,7 @@ struct dmi_clause {
 /* A condition on a row, evaluated by the op itself: what meets it is captured in the step that it happens in, without anything else taking room.
  * NONFINITE: the row has a NaN or an infinity. STATISTIC: a figure of the row is above or below a bound. PROBE: so is the weights' product with the row's
  * elements, plus bias, in double. Doubles are given by their bits; a bound that is not wanted is an infinity. Writer: engine, with the gates; reader: step
- * open. cuda/src/watch.h says it in code. A CUDA producer knows none: where a site has them, the engine's
- * writer gives it a gate that is full. */
+ * open. cuda/src/watch.h says it in code. */
 enum dmi_condition { DMI_CONDITION_NONE = 0, DMI_CONDITION_NONFINITE = 1, DMI_CONDITION_STATISTIC = 2, DMI_CONDITION_PROBE = 3 };
 struct dmi_watch {
   uint64_t above;

@@ -9,6 +9,7 @@
 
 #include "mapping.h"
 #include "rows.h"
+#include "watch.h"
 
 namespace dmi {
 
@@ -36,6 +37,10 @@ struct DeviceStep {
   const uint8_t* top;
   const uint8_t* left;
   const std::vector<Selection>* selections;
+  // Conditions that rows are held against; by site, what they keep. Watches are those of the latch before unless `latches` says another.
+  const std::vector<Watch>* watches;
+  const dmi_keep* keeps;
+  uint64_t latches;
   const dmi_site* table;
   uint64_t owed;  // rows of all sites together
   Gap gap;        // what the host has dropped since the last one

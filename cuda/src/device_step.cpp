@@ -61,6 +61,9 @@ Lane* Ring::open_on_device(const Opening& opening) {
     told.top = step.top.data();
     told.left = step.left.data();
     told.selections = &step.selections;
+    told.watches = &step.watches;
+    told.keeps = step.keeps.data();
+    told.latches = step.latches;
     told.table = sites_.data();
     told.gap = take_gap();
     for (uint32_t site = 0; site < sites; ++site) told.owed += step.rows[sites_[site].space].rows;

@@ -70,6 +70,7 @@ class Lane {
     std::vector<dmi_run> runs;                   // of all selections
     std::vector<Watch> watches;                  // by index; those that no site names have no condition
     std::vector<dmi_keep> keeps;                 // by site
+    uint64_t latches = 0;                        // how often the watches were read
     std::unordered_map<uint64_t, uint64_t> met;  // request -> watches that rows of it met in this step
     uint64_t policy = ~uint64_t{0};
   };

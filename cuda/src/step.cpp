@@ -84,6 +84,7 @@ void Ring::latch_gates(Lane& lane) {
   step.level.resize(step.sites, DMI_LEVEL_FULL);
   step.selection.resize(step.sites, 0);
   step.top.resize(step.sites, 0);
+  step.keeps.resize(step.sites);
   thread_local std::vector<dmi_gate> gates;
   // A bounded number of tries: an engine that died while writing must not stop the model. The last latch stays.
   for (int attempt = 0; attempt < 64; ++attempt) {
@@ -109,7 +110,7 @@ void Ring::latch_gates(Lane& lane) {
 
 void Ring::latch_watches(Lane::Step& step) {
   uint64_t bits = 0;
-  step.keeps.resize(step.sites);
+  ++step.latches;
   for (uint32_t site = 0; site < step.sites; ++site) {
     step.keeps[site] = load_words(mapping_.keeps()[site]);
     bits |= step.keeps[site].watch;
@@ -126,6 +127,8 @@ void Ring::latch_watches(Lane::Step& step) {
     watch.bias = std::bit_cast<double>(w.bias);
     if (w.condition != DMI_CONDITION_PROBE || uint64_t{w.weight} + w.elements > DMI_PROBE_FLOATS)
       continue;  // without weights it is never met
+    watch.weight = w.weight;
+    watch.elements = w.elements;
     watch.weights.resize(w.elements);
     for (uint32_t n = 0; n < w.elements; ++n) {
       const uint64_t word = load_relaxed(mapping_.probe_words()[(w.weight + n) / 2]);

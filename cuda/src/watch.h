@@ -1,29 +1,33 @@
 // Conditions on rows, as abi/ring.h says them, in code.
 #pragma once
 
-#include <cstring>
 #include <vector>
 
 #include "levels.h"
 
 namespace dmi {
 
-// A dmi_watch as it was latched, with its weights.
-struct Watch {
+// A dmi_watch as it was latched; the same bytes on a device.
+struct Condition {
+  double above = INFINITY, below = -INFINITY, bias = 0;
+  uint32_t weight = 0, elements = 0;  // of a probe: the first of its weights, among all that there are; how many
   uint8_t condition = DMI_CONDITION_NONE;
   uint8_t statistic = 0;
-  double above = INFINITY, below = -INFINITY, bias = 0;
-  std::vector<float> weights;
+  uint8_t spare[6] = {};
 
-  bool outside(double v) const { return v > above || v < below; }  // NaN is not
+  DMI_BOTH bool outside(double v) const { return v > above || v < below; }  // NaN is not
 
-  bool met_by(const Sums& sums) const {
+  DMI_BOTH bool met_by(const Sums& sums) const {
     if (condition == DMI_CONDITION_NONFINITE) return sums.count != sums.finite;
-    if (condition != DMI_CONDITION_STATISTIC || statistic >= DMI_STATS) return false;
-    double figures[DMI_STATS];
-    sums.figures(figures);
-    return outside(figures[statistic]);
+    return condition == DMI_CONDITION_STATISTIC && statistic < DMI_STATS && outside(sums.figure(statistic));
   }
+};
+
+// With its weights.
+struct Watch : Condition {
+  using Condition::met_by;
+
+  std::vector<float> weights;
 
   // Elements as they lie in the row, of which there are as many as weights. Four sums beside each other, in an order that does not depend
   // on the machine.

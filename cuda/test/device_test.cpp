@@ -10,8 +10,8 @@
 #include <vector>
 
 #include "check.h"
+#include "device/capture.h"
 #include "device/launch.h"
-#include "device/protocol.h"
 #include "host_device.h"
 
 namespace dmi::device {
@@ -30,14 +30,28 @@ struct Want {  // of a step
   std::map<uint32_t, Source> source;
   std::map<uint32_t, uint64_t> owed, seen;  // rows by site
   uint64_t total = 0;
+  std::vector<uint8_t> levels;  // by site
+  bool watched = false;         // rows may be kept, and are told of in another order then
 };
 
 constexpr uint32_t kSites = 12;
 constexpr size_t kStreams = 3;
-constexpr uint64_t kPayload = 16 << 10, kSpill = 8 << 10, kRecords = 64;
+constexpr uint64_t kPayload = 16 << 10, kSpill = 8 << 10, kRecords = 64, kManyRecords = 16384;
 
 struct World {
-  explicit World(bool complete) : payload(kPayload), spill(kSpill), records(kRecords), runs(4096), gates(kSites), left(kSites) {
+  explicit World(bool complete, bool watched = false)
+      : payload(kPayload),
+        spill(kSpill),
+        records(watched ? kManyRecords : kRecords),
+        runs(4096),
+        gates(kSites),
+        left(kSites),
+        holders(4096),
+        keeps(kSites),
+        watches(DMI_MAX_WATCHES),
+        met(4096),
+        lots(kManyRecords),
+        watched(watched) {
     Fixed& f = state.fixed;
     f = {};
     f.payload = payload.data();
@@ -45,13 +59,18 @@ struct World {
     f.spill = spill.data();
     f.spill_bytes = kSpill;
     f.records = records.data();
-    f.record_capacity = kRecords;
+    f.record_capacity = records.size();
     f.record_tail = &record_tail;
     f.payload_tail = &payload_tail;
     f.spill_tail = &spill_tail;
     f.runs = runs.data();
     f.gates = gates.data();
     f.left = left.data();
+    f.holders = holders.data();
+    f.keeps = keeps.data();
+    f.watches = watches.data();
+    f.met = met.data();
+    f.lots = lots.data();
     f.wait_bound_ns = 60'000'000'000;
     f.complete = complete;
     state.counters_out = &counters;
@@ -70,6 +89,12 @@ struct World {
   std::vector<Run> runs;
   std::vector<Gate> gates;
   std::vector<uint8_t> left;
+  std::vector<Holder> holders;
+  std::vector<dmi_keep> keeps;
+  std::vector<Condition> watches;
+  std::vector<uint64_t> met;
+  std::vector<Lot> lots;
+  const bool watched;
   uint64_t record_tail = 0, payload_tail = 0, spill_tail = 0;
   dmi_counters counters{};
   Notice notice{};
@@ -78,7 +103,7 @@ struct World {
 
   std::mutex mutex;
   std::map<uint64_t, Want> wants;  // by step
-  uint64_t captured = 0, dropped = 0, skipped = 0, compared_bytes = 0, gap_rows = 0;
+  uint64_t captured = 0, kept = 0, offered = 0, dropped = 0, skipped = 0, compared_bytes = 0, gap_rows = 0;
   std::atomic<bool> over{false};
 };
 
@@ -140,19 +165,26 @@ void check_capture(World& w, const dmi_record& r, Ring& payload, Ring& spill) {
     const std::vector<std::byte> got = ring.read(r.payload, r.payload_bytes);
     if (r.rows == 0 && r.payload_bytes != r.tensor_bytes) return;  // the corner of the spill region
     const Source& source = want.source.at(r.site);
-    CHECK_EQ(r.row_first, first);
+    if (!want.watched) CHECK_EQ(r.row_first, first);
     CHECK_EQ(r.payload_bytes, r.rows * source.row_bytes);
-    CHECK(first + r.rows <= want.owed.at(r.site));
-    CHECK(std::memcmp(got.data(), source.expected.data() + first * source.row_bytes, got.size()) == 0);
-    w.captured += r.rows;
+    CHECK(r.row_first + r.rows <= want.owed.at(r.site));
+    CHECK(std::memcmp(got.data(), source.expected.data() + r.row_first * source.row_bytes, got.size()) == 0);
     w.compared_bytes += got.size();
+    const bool offered = (r.flags & DMI_RECORD_OFFER) != 0, kept = (r.flags & DMI_RECORD_KEPT) != 0;
+    CHECK_EQ(uint32_t{want.levels[r.site]}, uint32_t{offered || kept ? DMI_LEVEL_OFF : DMI_LEVEL_FULL});
+    if (offered) {
+      w.offered += got.size();
+      return;
+    }
+    w.captured += r.rows;
+    w.kept += kept ? r.rows : 0;
   } else if (r.outcome == DMI_OUTCOME_SKIPPED) {
     CHECK_EQ(uint32_t{r.reason}, uint32_t{DMI_REASON_POLICY});
     w.skipped += r.rows;
   } else {
     CHECK_EQ(uint32_t{r.outcome}, uint32_t{DMI_OUTCOME_DROPPED});
     CHECK_EQ(uint32_t{r.reason}, uint32_t{DMI_REASON_RING_FULL});
-    CHECK_EQ(r.row_first, first);
+    if (!want.watched) CHECK_EQ(r.row_first, first);
     w.dropped += r.rows;
   }
   want.seen[r.site] += r.rows;
@@ -163,7 +195,7 @@ void engine(World& w, uint64_t seed) {
   std::mt19937_64 random(seed);
   Ring payload(w.payload, w.payload_tail), spill(w.spill, w.spill_tail);
   for (uint64_t index = 0;;) {
-    dmi_record& slot = w.records[index % kRecords];
+    dmi_record& slot = w.records[index % w.records.size()];
     if (load_acquire_sys(slot.seq) != index + 1) {
       if (w.over.load(std::memory_order_acquire) && load_acquire_sys(slot.seq) != index + 1) break;
       pause_ns(20'000);
@@ -212,13 +244,44 @@ uint64_t step(World& w, std::mt19937_64& random, uint64_t number, uint64_t& owed
   for (uint8_t& level : levels) level = random() % 5 == 0 ? uint8_t(DMI_LEVEL_OFF) : uint8_t(DMI_LEVEL_FULL);
   const std::vector<uint16_t> selection(kSites);
   const std::vector<uint8_t> top(kSites);
+  std::vector<dmi_keep> keeps(kSites);
+  std::vector<Watch> watches(1);
+  watches[0].condition = DMI_CONDITION_NONFINITE;
+  for (dmi_keep& keep : keeps) {
+    if (!w.watched || number % 5 == 0) continue;
+    keep.watch = random() % 3 == 0 ? 1 : 0;
+    keep.keep = random() % 2;
+    keep.offer = random() % 3 == 0 ? 1 : 0;
+  }
+  const std::vector<Selection> selections;
+  DeviceStep from{};
+  from.sites = kSites;
+  from.rows = &lists;
+  from.levels = levels.data();
+  from.selection = selection.data();
+  from.top = top.data();
+  from.left = left.data();
+  from.selections = &selections;
+  from.watches = &watches;
+  from.keeps = keeps.data();
+  from.table = w.sites;
   Told told_rows;
-  tell_step(o, told_rows, lists, levels.data(), selection.data(), top.data(), left.data(), {}, w.sites);
+  tell_step(o, told_rows, from);
   o.runs = told_rows.runs.data();
   o.gates = told_rows.gates.data();
+  Watched told_watches;
+  tell_watches(told_watches, from);
+  if (o.watched != 0) {
+    o.holders = told_rows.holders.data();
+    o.keeps = told_rows.keeps.data();
+    o.watches = told_watches.watches.data();
+  }
+  o.read = 1;
 
   std::vector<std::vector<uint32_t>> groups(1 + random() % 6);
   Want want;
+  want.levels = levels;
+  want.watched = o.watched != 0;
   for (uint32_t site = 0; site < kSites; ++site) {
     if (random() % 4 == 0) continue;
     groups[random() % groups.size()].push_back(site);
@@ -268,8 +331,8 @@ uint64_t step(World& w, std::mt19937_64& random, uint64_t number, uint64_t& owed
   return total;
 }
 
-void test(bool complete, uint64_t seed, uint64_t steps) {
-  World w(complete);
+void test(bool complete, uint64_t seed, uint64_t steps, bool watched = false) {
+  World w(complete, watched);
   std::mt19937_64 random(seed);
   std::thread consumer(engine, std::ref(w), random());
   uint64_t owed = 0, gated = 0;
@@ -278,15 +341,20 @@ void test(bool complete, uint64_t seed, uint64_t steps) {
   consumer.join();
   CHECK_EQ(w.captured + w.dropped + w.skipped + gated, owed);
   CHECK_EQ(w.counters.captured_rows, w.captured);
+  CHECK_EQ(w.counters.kept_rows, w.kept);
+  CHECK_EQ(w.counters.offered_bytes, w.offered);
+  CHECK_EQ(watched, w.kept != 0 && w.offered != 0);
   CHECK_EQ(w.counters.other_rows[DMI_REASON_RING_FULL], w.dropped);
   CHECK_EQ(w.counters.other_rows[DMI_REASON_POLICY], w.skipped);
   if (complete) CHECK_EQ(w.dropped + gated, 0u);
   if (!complete) CHECK(w.dropped != 0);
   CHECK(w.compared_bytes > kPayload);
-  std::printf("device protocol, %s: %llu steps, %llu rows captured (%llu bytes compared), %llu dropped, %llu in gated steps, %llu waits\n",
-              complete ? "complete" : "best-effort", static_cast<unsigned long long>(steps), static_cast<unsigned long long>(w.captured),
-              static_cast<unsigned long long>(w.compared_bytes), static_cast<unsigned long long>(w.dropped),
-              static_cast<unsigned long long>(gated), static_cast<unsigned long long>(w.counters.waits));
+  std::printf(
+      "device protocol, %s%s: %llu steps, %llu rows captured (%llu bytes compared), %llu dropped, %llu in gated steps, %llu waits\n",
+      complete ? "complete" : "best-effort", watched ? ", watched" : "", static_cast<unsigned long long>(steps),
+      static_cast<unsigned long long>(w.captured), static_cast<unsigned long long>(w.compared_bytes),
+      static_cast<unsigned long long>(w.dropped), static_cast<unsigned long long>(gated),
+      static_cast<unsigned long long>(w.counters.waits));
 }
 
 // Nothing but reservations, from several streams at once, while the engine gives back all it can: no range may reach into one that it has
@@ -349,5 +417,7 @@ int main() {
   dmi::device::test_reservations(seed);
   dmi::device::test(true, seed, 200);
   dmi::device::test(false, seed + 1, 200);
+  dmi::device::test(true, seed + 2, 200, true);
+  dmi::device::test(false, seed + 3, 200, true);
   return 0;
 }

@@ -25,7 +25,7 @@ inline uint32_t value_of(uint64_t step, uint32_t site, uint64_t row, uint64_t i)
 
 struct Books {
   uint64_t steps = 0, gated = 0, aborted = 0, gap_steps = 0, gap_rows = 0;
-  uint64_t captured = 0, bytes = 0, records = 0, parts = 0, spilled = 0;
+  uint64_t captured = 0, bytes = 0, records = 0, parts = 0, spilled = 0, kept = 0, offered = 0;
   uint64_t other[DMI_REASONS] = {};
 };
 
@@ -215,6 +215,18 @@ class Engine {
     }
     std::vector<uint8_t>& settled = lane.settled[r.site];
     CHECK(r.row_first + r.rows <= settled.size());
+    if (r.flags & DMI_RECORD_OFFER) {
+      CHECK_EQ(r.outcome, DMI_OUTCOME_CAPTURED);
+      CHECK_EQ(r.place, DMI_PLACE_RING);
+      CHECK(r.flags & DMI_RECORD_GATHERED);
+      CHECK_EQ(r.payload_bytes, r.tensor_bytes);
+      // What becomes of the rows otherwise follows.
+      for (uint32_t row = r.row_first; row < r.row_first + r.rows; ++row) CHECK_EQ(settled[row], 0);
+      books_.offered += r.payload_bytes;
+      const std::vector<std::byte> bytes = fetch(r);
+      if (observe) observe(lane, r, bytes);
+      return;
+    }
     for (uint32_t row = r.row_first; row < r.row_first + r.rows; ++row) {
       if (!(mapping_.sites()[r.site].flags & DMI_SITE_EVENT)) CHECK_EQ(settled[row], 0);
       settled[row] = 1;
@@ -226,6 +238,7 @@ class Engine {
       return;
     }
     books_.captured += r.rows;
+    if (r.flags & DMI_RECORD_KEPT) books_.kept += r.rows;
     books_.bytes += r.payload_bytes;
     if (!observe) CHECK_EQ(r.dtype, DMI_DTYPE_U32);
     CHECK_EQ(r.payload % DMI_PAYLOAD_ALIGN, 0u);

@@ -12,8 +12,8 @@
 
 #include "check.h"
 #include "device.h"
+#include "device/capture.h"
 #include "device/launch.h"
-#include "device/protocol.h"
 #include "error.h"
 #include "ring.h"
 #include "shared.h"
@@ -33,6 +33,12 @@ class Host final : public Device {
         lists_(kMostSelections * kListsEach),
         gates_(header_.site_capacity),
         left_(header_.site_capacity),
+        holders_(kLargestRuns),
+        keeps_(header_.site_capacity),
+        watches_(DMI_MAX_WATCHES),
+        weights_(DMI_PROBE_FLOATS),
+        met_(kLargestRuns),
+        lots_(header_.record_capacity),
         slots_(kSlotBytes),
         random_(test_seed()) {
     Fixed& f = state_->fixed;
@@ -51,6 +57,12 @@ class Host final : public Device {
     f.lists = lists_.data();
     f.gates = gates_.data();
     f.left = left_.data();
+    f.holders = holders_.data();
+    f.keeps = keeps_.data();
+    f.watches = watches_.data();
+    f.weights = weights_.data();
+    f.met = met_.data();
+    f.lots = lots_.data();
     f.wait_bound_ns = wait_bound_ns;
     f.complete = header_.mode == DMI_MODE_COMPLETE;
     state_->counters_out = &control.lane[0].counters;
@@ -111,6 +123,12 @@ class Host final : public Device {
   std::vector<Space> lists_;
   std::vector<Gate> gates_;
   std::vector<uint8_t> left_;
+  std::vector<Holder> holders_;
+  std::vector<dmi_keep> keeps_;
+  std::vector<Condition> watches_;
+  std::vector<float> weights_;
+  std::vector<uint64_t> met_;
+  std::vector<Lot> lots_;
   std::vector<std::byte> slots_;
   Teller teller_;
   mutable Notice notice_{};

@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "device/protocol.h"
+#include "device/capture.h"
 
 namespace dmi::device {
 

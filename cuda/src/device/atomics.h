@@ -63,6 +63,10 @@ DMI_HD T add_acq_rel_gpu(T& word, T value) {
   return gpu_ref<T>(word).fetch_add(value, memory_order_acq_rel);
 }
 template <typename T>
+DMI_HD void or_relaxed_gpu(T& word, T value) {
+  gpu_ref<T>(word).fetch_or(value, memory_order_relaxed);
+}
+template <typename T>
 DMI_HD bool swap_relaxed_gpu(T& word, T& expected, T desired) {
   return gpu_ref<T>(word).compare_exchange_strong(expected, desired, memory_order_relaxed, memory_order_relaxed);
 }

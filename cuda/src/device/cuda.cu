@@ -1,4 +1,4 @@
-// The CUDA device: memory, launches and copies. What the launches do is protocol.h's.
+// The CUDA device: memory, launches and copies. What the launches do is capture.h's.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -8,10 +8,10 @@
 #include <string>
 #include <vector>
 
+#include "capture.h"
 #include "device.h"
 #include "error.h"
 #include "launch.h"
-#include "protocol.h"
 #include "ring.h"
 #include "shared.h"
 
@@ -271,6 +271,12 @@ Cuda::Cuda(const Mapping& mapping, int ordinal, uint64_t wait_bound_ns)
     f.owns = allocate<Own>(kLargestRuns, "create ring: allocate its state");
     f.lists = allocate<Space>(kMostSelections * kListsEach, "create ring: allocate its state");
     f.gates = allocate<Gate>(header_.site_capacity, "create ring: allocate its state");
+    f.holders = allocate<Holder>(kLargestRuns, "create ring: allocate its state");
+    f.keeps = allocate<dmi_keep>(header_.site_capacity, "create ring: allocate its state");
+    f.watches = allocate<Condition>(DMI_MAX_WATCHES, "create ring: allocate its state");
+    f.weights = allocate<float>(DMI_PROBE_FLOATS, "create ring: allocate its state");
+    f.met = allocate<uint64_t>(kLargestRuns, "create ring: allocate its state");
+    f.lots = allocate<Lot>(header_.record_capacity, "create ring: allocate its state");
     f.wait_bound_ns = wait_bound_ns;
     f.complete = header_.mode == DMI_MODE_COMPLETE;
     s.counters_out = &control->lane[0].counters;

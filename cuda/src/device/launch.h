@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -13,7 +14,7 @@
 
 namespace dmi::device {
 
-constexpr uint32_t kLargestRuns = 1 << 16;  // of a step, all selections together: more are booked as dropped
+constexpr uint32_t kLargestRuns = 1 << 16;  // of a step, all selections together; likewise holders: more are booked as dropped
 constexpr uint32_t kMostSelections = 256;   // of a step: likewise
 constexpr uint64_t kSlotBytes = 4 << 20;    // host memory for what open launches read
 constexpr uint64_t kSmallGroup = 2 << 20;   // bytes up to which blocks share the work in small units
@@ -24,13 +25,33 @@ struct Told {
   std::vector<Own> owns;  // of the runs, where some site has keys
   std::vector<Space> lists;
   std::vector<Gate> gates;
+  std::vector<Holder> holders;
+  std::vector<dmi_keep> keeps;
+  std::unordered_map<uint64_t, uint32_t> requests;  // of a watched step: their numbers within it
 };
 
+// The conditions that a latch of the gates has.
+struct Watched {
+  std::vector<Condition> watches;
+  std::vector<float> weights;
+};
+
+inline void tell_holders(Told& told, const RowList& list, Space& to) {
+  to.holders_at = uint32_t(told.holders.size());
+  uint32_t start = 0;
+  for (const dmi::Own& own : list.owns) {
+    const uint32_t request = told.requests.try_emplace(own.request, uint32_t(told.requests.size())).first->second;
+    if (told.holders.size() == to.holders_at || told.holders.back().request != request) told.holders.push_back({start, request});
+    start += uint32_t(own.count);
+  }
+  to.holders = uint32_t(told.holders.size()) - to.holders_at;
+}
+
 // Gives a list's runs and, where `keyed`, the keys that their rows have; then runs end where those of another request begin.
-inline Space tell_list(Told& told, const RowList& list, bool keyed) {
+inline Space tell_list(Told& told, const RowList& list, bool keyed, bool watched) {
   // One form serves tensors of one ROW dimension and of two: where the width is known, runs may go on into the next batch row.
   const std::vector<dmi::Run>& from = list.width != 0 ? list.flat : list.runs;
-  Space to{uint32_t(list.rows), 0, uint32_t(list.width), uint32_t(told.runs.size()), 0, 0, list.batches, list.end, list.flat_end};
+  Space to{uint32_t(list.rows), 0, uint32_t(list.width), uint32_t(told.runs.size()), 0, 0, 0, 0, list.batches, list.end, list.flat_end};
   if (!from.empty()) to.batch = uint32_t(from[0].batch), to.first = uint32_t(from[0].first);
   uint32_t start = 0;
   size_t own = 0;
@@ -51,35 +72,57 @@ inline Space tell_list(Told& told, const RowList& list, bool keyed) {
     }
   }
   to.runs = uint32_t(told.runs.size()) - to.runs_at;
+  if (watched) tell_holders(told, list, to);
   return to;
 }
 
-// Rows and gates of a step, by site. `levels`, `top` and `selections` as in Lane::Step; `left`: records set aside for each site.
-inline void tell_step(Opening& o, Told& told, const RowLists& rows, const uint8_t* levels, const uint16_t* selection, const uint8_t* top,
-                      const uint8_t* left, const std::vector<Selection>& selections, const dmi_site* sites) {
+// Rows and gates of a step.
+inline void tell_step(Opening& o, Told& told, const DeviceStep& step) {
   told.runs.clear(), told.owns.clear(), told.lists.clear(), told.gates.clear();
+  told.holders.clear(), told.keeps.clear(), told.requests.clear();
   bool keyed = false;
-  o.levelled = 0;
+  o.levelled = o.watched = 0;
   o.aside = 0;
-  for (uint32_t site = 0; site < o.sites; ++site) {
+  for (uint32_t site = 0; site < step.sites; ++site) {
     // Where there is a selection, it alone says what is off.
-    const Gate gate{selection[site] != 0 ? uint8_t{DMI_LEVEL_FULL} : levels[site], left[site], selection[site], top[site], {}};
+    const uint8_t level = step.selection[site] != 0 ? uint8_t{DMI_LEVEL_FULL} : step.levels[site];
+    const Gate gate{level, step.left[site], step.selection[site], step.top[site], {}};
     const bool levelled = gate.selection != 0 || encoded(gate.level);
+    const dmi_keep& keeps = step.keeps[site];
     told.gates.push_back(gate);
-    o.aside += left[site];
-    if (!levelled) continue;
-    o.levelled = 1;
-    for (uint32_t d = 0; d < sites[site].ndim; ++d) keyed = keyed || sites[site].role[d] == DMI_ROLE_KEY;
+    o.aside += step.left[site];
+    o.levelled |= levelled ? 1 : 0;
+    // Conditions change nothing of rows that are full anyway.
+    o.watched |= (keeps.keep | keeps.offer) != 0 && (levelled || gate.level != DMI_LEVEL_FULL) ? 1 : 0;
+    for (uint32_t d = 0; d < step.table[site].ndim; ++d)
+      keyed = keyed || ((levelled || keeps.watch != 0) && step.table[site].role[d] == DMI_ROLE_KEY);
   }
-  for (uint32_t space = 0; space < DMI_SPACES; ++space) o.space[space] = tell_list(told, rows[space], keyed);
-  for (const Selection& some : selections) {
+  const bool watched = o.watched != 0;
+  if (watched) told.keeps.assign(step.keeps, step.keeps + step.sites);
+  for (uint32_t space = 0; space < DMI_SPACES; ++space) o.space[space] = tell_list(told, (*step.rows)[space], keyed, watched);
+  for (const Selection& some : *step.selections) {
     for (uint32_t level = 0; level < DMI_LEVELS; ++level) {
-      for (uint32_t space = 0; space < DMI_SPACES; ++space) told.lists.push_back(tell_list(told, some.at(level)[space], keyed));
+      for (uint32_t space = 0; space < DMI_SPACES; ++space) told.lists.push_back(tell_list(told, some.at(level)[space], keyed, watched));
     }
   }
   o.run_count = uint32_t(told.runs.size());
   o.own_count = uint32_t(told.owns.size());
   o.list_count = uint32_t(told.lists.size());
+  o.holder_count = uint32_t(told.holders.size());
+  o.requests = uint32_t(told.requests.size());
+}
+
+// The watches of a latch, one for each bit. Probes that have the same weights have them in one place.
+inline void tell_watches(Watched& told, const DeviceStep& step) {
+  told.watches.assign(DMI_MAX_WATCHES, {});
+  told.weights.clear();
+  for (size_t i = 0; i < step.watches->size(); ++i) {
+    const Watch& watch = (*step.watches)[i];
+    told.watches[i] = watch;
+    const size_t end = watch.weight + watch.weights.size();
+    if (told.weights.size() < end) told.weights.resize(end);
+    std::copy(watch.weights.begin(), watch.weights.end(), told.weights.begin() + watch.weight);
+  }
 }
 
 // Writes what open launches read, where it is not as it was in the step before: into host memory of kSlotBytes, which launches that are
@@ -103,12 +146,18 @@ class Teller {
     o.gap_last = step.gap.last;
     o.gap_steps = step.gap.steps;
     o.gap_rows = step.gap.rows;
-    tell_step(o, now_, *step.rows, step.levels, step.selection, step.top, step.left, *step.selections, step.table);
-    if (now_.runs.size() > kLargestRuns || now_.lists.size() > kMostSelections * kListsEach)
+    tell_step(o, now_, step);
+    if (now_.runs.size() > kLargestRuns || now_.holders.size() > kLargestRuns || now_.lists.size() > kMostSelections * kListsEach)
       return "its rows are more scattered, or its sites' selections more, than a device is told of; select with fewer or wider windows";
     uint64_t bytes = 0;
     const uint64_t runs = changed(now_.runs, sent_.runs, bytes), owns = changed(now_.owns, sent_.owns, bytes);
     const uint64_t lists = changed(now_.lists, sent_.lists, bytes), gates = changed(now_.gates, sent_.gates, bytes);
+    const uint64_t holders = changed(now_.holders, sent_.holders, bytes), keeps = changed(now_.keeps, sent_.keeps, bytes);
+    const bool latched = o.watched != 0 && step.latches != sent_latch_;
+    if (latched) tell_watches(now_watched_, step);
+    const uint64_t watches = latched ? changed(now_watched_.watches, {}, bytes) : kNowhere;
+    const uint64_t weights = latched ? changed(now_watched_.weights, {}, bytes) : kNowhere;
+    now_latch_ = latched ? step.latches : sent_latch_;
     o.slot_end = end_ = head_;
     if (bytes == 0) return nullptr;
     uint64_t at = head_;
@@ -116,16 +165,23 @@ class Teller {
     if (at % kSlotBytes + bytes > kSlotBytes) at += kSlotBytes - at % kSlotBytes;
     if (bytes > kSlotBytes || at + bytes - read > kSlotBytes) return "the device is too far behind to be told of it";
     o.slot_end = end_ = at + bytes;
+    o.read = 1;
     std::byte* to = slots + at % kSlotBytes;
     o.runs = put(now_.runs, to, runs);
     o.owns = put(now_.owns, to, owns);
     o.lists = put(now_.lists, to, lists);
     o.gates = put(now_.gates, to, gates);
+    o.holders = put(now_.holders, to, holders);
+    o.keeps = put(now_.keeps, to, keeps);
+    o.watches = put(now_watched_.watches, to, watches);
+    o.weights = put(now_watched_.weights, to, weights);
+    if (o.weights != nullptr) o.weight_count = uint32_t(now_watched_.weights.size());
     return nullptr;
   }
   void told() {
     head_ = end_;
     std::swap(now_, sent_);
+    sent_latch_ = now_latch_;
   }
 
  private:
@@ -147,6 +203,8 @@ class Teller {
   }
 
   Told now_, sent_;
+  Watched now_watched_;
+  uint64_t now_latch_ = 0, sent_latch_ = 0;  // 0: of no watches yet
   uint64_t head_ = 0, end_ = 0;
 };
 

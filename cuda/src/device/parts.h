@@ -150,6 +150,7 @@ struct Rendezvous {
   Tally tally[kMostWarps];
   Standing standing[kMostWarps];
   float most[kMostWarps];
+  double number[kMostWarps];
 };
 
 // Lanes that have a row together: those of a warp, or of the block.

@@ -4,7 +4,8 @@
 // across(): what merging a value of all its lanes gives. No block waits for one that may not have started.
 //
 // What is done is decided when it runs, by what the step's open launch wrote: a graph that was recorded long ago follows a change of gates
-// at its next replay. Steps whose rows are all FULL or OFF, site by site, go the short way; the others (kLevelled) that of parts.h.
+// at its next replay. Steps whose rows are all FULL or OFF, site by site, go the short way; the others (kLevelled) that of parts.h; those
+// with conditions that of keep.h.
 //
 // A group costs one reservation of payload, by compare-and-swap, and one publication, by the block that finishes last. What
 // finds no room is dropped (best-effort). In complete mode the reservation waits for as long as the ring is being emptied. What found no
@@ -39,7 +40,8 @@ struct Scratch {
   uint32_t record[kGroupTensors + 1];  // records before the tensor's
   uint8_t own[kGroupTensors];          // records set aside for its site
   uint64_t total, slot;
-  uint32_t plain;  // every site still has the record it needs, and none comes twice
+  uint32_t plain;    // every site still has the record it needs, and none comes twice; of watched steps: nothing is kept or offered
+  uint32_t changed;  // of watched steps
   bool last;
   // of complete mode's way
   bool found;
@@ -210,8 +212,10 @@ DMI_HD void open_step(Block& block, State& s, const Opening& o, uint64_t rows, u
     f.sites = o.sites;
     f.keys = o.keys;
     f.levelled = o.levelled;
+    f.watched = o.watched;
     s.gave_up = 0;
-    s.captures = s.wait_ns = s.aside = 0;
+    s.captures = s.wait_ns = s.aside = s.met = 0;
+    s.lots = 0;
     add_gap(s, o.gap_first, o.gap_last, o.gap_steps, o.gap_rows);
     // OPEN, CLOSE, a GAP, what the sites may need, and what gated steps after this one need.
     const uint64_t needed = o.aside + 3 + kHeadroom;
@@ -234,11 +238,18 @@ DMI_HD void open_step(Block& block, State& s, const Opening& o, uint64_t rows, u
   take(f.runs, o.runs, o.run_count);
   take(f.owns, o.owns, o.own_count);
   take(f.lists, o.lists, o.list_count);
+  take(f.holders, o.holders, o.holder_count);
+  take(f.keeps, o.keeps, o.sites);
+  take(f.watches, o.watches, DMI_MAX_WATCHES);
+  take(f.weights, o.weights, o.weight_count);
+  if (o.watched != 0) {
+    for (uint32_t i = block.thread(); i < o.requests; i += block.threads()) f.met[i] = 0;
+  }
   for (uint32_t site = block.thread(); site < o.sites; site += block.threads()) {
     if (o.gates != nullptr) f.gates[site] = o.gates[site];
     f.left[site] = f.gates[site].left;
   }
-  if (o.runs == nullptr && o.owns == nullptr && o.lists == nullptr && o.gates == nullptr) return;
+  if (o.read == 0) return;
   block.sync();
   // Pairs with the host's acquire: what was in the slots was read.
   if (block.thread() == 0) store_release_sys(s.notice->slot_end, o.slot_end);
@@ -656,6 +667,18 @@ DMI_HD void stream(Block& block, State& s, Scratch& x, uint32_t i) {
   }
 }
 
+// By the last block.
+template <bool kLevelled>
+DMI_HD void leave(Meeting& m) {
+  m.arrived = m.ready = m.done = 0;  // for the next launch, which a stream orders after this one
+  if constexpr (kLevelled) m.claimed = m.watched = 0;
+}
+
+// Thread 0 of a block that does not reserve. Whoever does is running, and waits for none of us.
+DMI_HD inline void wait_until_ready(Meeting& m) {
+  for (uint32_t pause = 20; load_acquire_gpu(m.ready) == 0; pause = pause < 500 ? pause * 2 : pause) pause_ns(pause);
+}
+
 // By all blocks of the launch.
 template <bool kLevelled, typename Block>
 DMI_HD void capture_group(Block& block, State& s, const Group& g, Scratch& x) {
@@ -681,10 +704,9 @@ DMI_HD void capture_group(Block& block, State& s, const Group& g, Scratch& x) {
   if (block.thread() == 0) {
     if (block.count() == 1 || add_relaxed_gpu<uint32_t>(m.arrived, 1) == 0) {
       reserve<kLevelled>(s, g, x, m);
-      if (block.count() != 1) store_release_gpu<uint32_t>(m.ready, 1);  // pairs with the acquire of the others, below
+      if (block.count() != 1) store_release_gpu<uint32_t>(m.ready, 1);  // pairs with the acquire of the others
     } else {
-      // The first to arrive is running, and waits for none of us.
-      for (uint32_t pause = 20; load_acquire_gpu(m.ready) == 0; pause = pause < 500 ? pause * 2 : pause) pause_ns(pause);
+      wait_until_ready(m);
     }
   }
   block.sync();
@@ -719,29 +741,7 @@ DMI_HD void capture_group(Block& block, State& s, const Group& g, Scratch& x) {
     }
   }
   block.sync();
-  if (block.thread() == 0) m.arrived = m.ready = m.done = 0;  // for the next launch, which a stream orders after this one
-}
-
-// Apart, so that the short way does not have its registers.
-template <typename Block>
-DMI_HD DMI_APART void capture_levelled(Block& block, State& s, const Group& g, Scratch& x) {
-  capture_group<true>(block, s, g, x);
-}
-
-template <typename Block>
-DMI_HD void capture(Block& block, const Group& g, Scratch& x) {
-  State& s = *g.state;
-  block.load(x.tensor, g.tensor, g.count);
-  block.load(&x.fixed, &s.fixed, 1);
-  block.sync();
-  const Fixed& f = x.fixed;
-  if (f.open == 0) {
-    if (block.index() == 0 && block.thread() == 0) count(s.counters.outside, g.count);
-    return;
-  }
-  if (f.gated != 0 || f.lost != 0) return;  // its OPEN or GAP has booked every row
-  if (f.levelled != 0) return capture_levelled(block, s, g, x);
-  capture_group<false>(block, s, g, x);
+  if (block.thread() == 0) leave<kLevelled>(m);
 }
 
 }  // namespace dmi::device

@@ -96,26 +96,17 @@ DMI_HD inline Rows rows_of(const Tensor& t, uint32_t outers, uint64_t flat_strid
   return {list, true, (uint64_t{list.batch} * width + list.first) * flat_stride};
 }
 
-DMI_HD inline Plan plan_of(const Fixed& f, const Tensor& t) {
-  Plan p{};
+// Where the rows of a tensor are, whatever is wanted of them.
+DMI_HD inline void plan_source(Plan& p, const Fixed& f, const Tensor& t) {
   const Space& space = f.space[t.space];
-  p.rows = space.rows;
-  if (t.site >= f.sites) {  // the step does not know it
-    p.fate = Fate::kOutside;
-    return p;
-  }
   p.fate = Fate::kMismatch;
-  if (f.gates[t.site].level == DMI_LEVEL_OFF) {
-    p.fate = Fate::kOff;
-    return p;
-  }
-  if (t.rows == 0 || !rows_inside(t, space)) return p;
+  if (t.rows == 0 || !rows_inside(t, space)) return;
   if (t.row_bytes != 0) {
     for (uint32_t d = 0; d < kInnerDims; ++d) p.size[d] = t.size[d];
     p.row_bytes = p.piece_bytes = t.row_bytes;
   } else {
     plan_keys(p, t, f.keys);
-    if (!plan_pieces(p, t)) return p;
+    if (!plan_pieces(p, t)) return;
   }
   p.fate = Fate::kCapture;
   if (t.rows == 1 || t.batch == 1) {
@@ -130,24 +121,40 @@ DMI_HD inline Plan plan_of(const Fixed& f, const Tensor& t) {
   p.first = all.first;
   p.vector = t.vector;
   while (p.vector > 1 && (p.row_bytes % p.vector != 0 || p.piece_bytes % p.vector != 0)) p.vector /= 2;
+}
+
+DMI_HD inline Plan plan_of(const Fixed& f, const Tensor& t) {
+  Plan p{};
+  p.rows = f.space[t.space].rows;
+  if (t.site >= f.sites) {  // the step does not know it
+    p.fate = Fate::kOutside;
+  } else if (f.gates[t.site].level == DMI_LEVEL_OFF) {
+    p.fate = Fate::kOff;
+  } else {
+    plan_source(p, f, t);
+  }
   return p;
 }
 
 DMI_HD inline Rows all_rows(const Fixed& f, const Tensor& t, const Plan& p) { return {f.space[t.space], p.linear, p.first}; }
 
-// Which of a list's runs has row `row` of it.
-DMI_HD inline uint32_t run_of(const Fixed& f, const Space& space, uint32_t row) {
-  const Run* runs = f.runs + space.runs_at;
+// Which of the pieces of a list has row `row` of it: the last that starts at or before it.
+template <typename Piece>
+DMI_HD uint32_t piece_of(const Piece* pieces, uint32_t count, uint32_t row) {
   uint32_t low = 0;
-  for (uint32_t high = space.runs; high - low > 1;) {  // the last run that starts at or before it
+  for (uint32_t high = count; high - low > 1;) {
     const uint32_t middle = (low + high) / 2;
-    if (runs[middle].start <= row) {
+    if (pieces[middle].start <= row) {
       low = middle;
     } else {
       high = middle;
     }
   }
   return low;
+}
+
+DMI_HD inline uint32_t run_of(const Fixed& f, const Space& space, uint32_t row) {
+  return piece_of(f.runs + space.runs_at, space.runs, row);
 }
 
 // Row `row` of a list, in the source.

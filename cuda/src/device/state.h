@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "abi/ring.h"
+#include "watch.h"
 
 namespace dmi::device {
 
@@ -26,6 +27,11 @@ struct Own {
   uint32_t key_first, position;
 };
 
+// Rows of a list from `start` on, up to where the next one's begin: those of one of the step's requests.
+struct Holder {
+  uint32_t start, request;
+};
+
 // What a step wants of a site.
 struct Gate {
   uint8_t level;       // dmi_level of all rows, where selection is 0
@@ -39,8 +45,9 @@ static_assert(sizeof(Gate) == 8);
 // The rows of one space in a step, or those of them that a selection has at one level.
 struct Space {
   uint32_t rows, runs, width;
-  uint32_t runs_at;       // in Fixed::runs
-  uint32_t batch, first;  // of the first run
+  uint32_t runs_at;              // in Fixed::runs
+  uint32_t batch, first;         // of the first run
+  uint32_t holders, holders_at;  // of watched steps: in Fixed::holders
   uint64_t batches, end, flat_end;
 };
 
@@ -49,15 +56,22 @@ struct Opening {
   uint64_t step, unix_ns, policy, table, table_bytes;
   uint32_t sites, keys;
   uint32_t levelled;  // some rows are neither FULL nor OFF, or those of one site are not all of one level
-  uint32_t run_count, own_count, list_count;
+  uint32_t watched;   // conditions of rows may come to change what some of them are captured at
+  uint32_t requests;  // of a watched step
+  uint32_t run_count, own_count, list_count, holder_count, weight_count;
   uint64_t aside;  // records for all sites
   Space space[DMI_SPACES];
   const Run* runs;                                    // host memory; null: those of the step before serve again
   const Own* owns;                                    // likewise, one for each run; of levelled steps with keys
   const Space* lists;                                 // likewise, DMI_LEVELS * DMI_SPACES for each selection
   const Gate* gates;                                  // likewise, by site
+  const Holder* holders;                              // likewise, of watched steps
+  const dmi_keep* keeps;                              // likewise, by site
+  const Condition* watches;                           // likewise, DMI_MAX_WATCHES
+  const float* weights;                               // likewise, of all probes
   uint64_t gap_first, gap_last, gap_steps, gap_rows;  // dropped by the host before it
   uint64_t slot_end;                                  // what is before it in the slots may be written anew once this launch is done
+  uint32_t read;                                      // there is something in the slots that is to be read
 };
 
 struct Closing {
@@ -91,6 +105,22 @@ struct alignas(16) Tensor {
   uint64_t stride[kInnerDims];  // bytes
 };
 
+// Rows of a tensor, in a watched step, that one record tells of.
+struct Lot {
+  enum What : uint8_t { kGiven, kKept, kOffered, kSkipped, kMismatch, kOutside };
+
+  uint64_t at;           // of its payload, behind the group's first byte
+  uint32_t tensor;       // of the group
+  uint32_t unit;         // units of work before it
+  uint32_t first, rows;  // in the row list
+  uint32_t row;          // where they begin in the list of the rows of their gate's level
+  uint32_t row_bytes;    // of its payload
+  uint8_t what, level;   // level of its payload
+  uint8_t gate;          // level that its gate gives
+  uint8_t spare[5];
+};
+static_assert(sizeof(Lot) == 40);
+
 // Where the blocks of one launch meet. Zero between launches.
 struct Meeting {
   uint32_t arrived, ready, done;
@@ -99,7 +129,10 @@ struct Meeting {
   uint64_t slot;   // its first record
   uint32_t whole;  // tensors that were granted room whole
   uint32_t rows;   // of the next one
-  uint64_t spare2[3];
+  // Of watched steps.
+  uint32_t claimed, watched;  // units of rows that were taken up; that were held against the conditions
+  uint32_t lots, lots_at;     // in Fixed::lots; none where the group goes the levelled way
+  uint64_t taken;             // bytes that the lots have, behind `base`
 };
 static_assert(sizeof(Meeting) == 64);
 
@@ -131,6 +164,12 @@ struct alignas(16) Fixed {
   Space* lists;
   Gate* gates;    // by site
   uint8_t* left;  // by site: records still set aside for it. The last block of a capture writes it
+  Holder* holders;
+  dmi_keep* keeps;  // by site
+  Condition* watches;
+  float* weights;
+  uint64_t* met;  // by request of a watched step: watches that its rows have met. Captures add to it, by atomics of device scope
+  Lot* lots;      // of a watched step, as many as the ring has records
   uint64_t wait_bound_ns;
   // the step
   uint64_t step;
@@ -139,7 +178,7 @@ struct alignas(16) Fixed {
   uint32_t open;  // 0: hooks do nothing
   uint32_t gated;
   uint32_t lost;  // not even a gated OPEN had room
-  uint32_t levelled;
+  uint32_t levelled, watched;
   Space space[DMI_SPACES];
 };
 
@@ -152,6 +191,8 @@ struct State {
   uint64_t record_head, record_tail_seen;
   uint64_t aside;              // records set aside for the step
   uint64_t captures, wait_ns;  // of the step
+  uint64_t met;                // watches that some row of the step has met
+  uint32_t lots;               // of the step
   dmi_counters counters;
   uint32_t gave_up;  // the step waits no more
   // Of open and close alone.

@@ -1,0 +1,44 @@
+// What a launch that captures a group does, by whichever of three ways the step needs. All blocks, and all their threads.
+#pragma once
+
+#include "keep.h"
+#include "protocol.h"
+
+namespace dmi::device {
+
+// The longer ways apart, so that the short one does not have their registers.
+template <typename Block>
+DMI_HD DMI_APART void capture_levelled(Block& block, State& s, const Group& g, Scratch& x) {
+  capture_group<true>(block, s, g, x);
+}
+
+template <typename Block>
+DMI_HD DMI_APART void capture_watched(Block& block, State& s, const Group& g, Scratch& x) {
+  if (watch_group(block, s, g, x) ? divide(block, s, g, x) : divided(block, g)) return capture_lots(block, s, g, x);
+  // Whoever decided arrives first, since the others have waited for what it reserves.
+  capture_levelled(block, s, g, x);
+}
+
+template <typename Block>
+DMI_HD DMI_APART void capture_apart(Block& block, State& s, const Group& g, Scratch& x) {
+  if (x.fixed.watched != 0) return capture_watched(block, s, g, x);
+  capture_levelled(block, s, g, x);
+}
+
+template <typename Block>
+DMI_HD void capture(Block& block, const Group& g, Scratch& x) {
+  State& s = *g.state;
+  block.load(x.tensor, g.tensor, g.count);
+  block.load(&x.fixed, &s.fixed, 1);
+  block.sync();
+  const Fixed& f = x.fixed;
+  if (f.open == 0) {
+    if (block.index() == 0 && block.thread() == 0) count(s.counters.outside, g.count);
+    return;
+  }
+  if (f.gated != 0 || f.lost != 0) return;  // its OPEN or GAP has booked every row
+  if ((f.watched | f.levelled) != 0) return capture_apart(block, s, g, x);
+  capture_group<false>(block, s, g, x);
+}
+
+}  // namespace dmi::device
