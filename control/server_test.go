@@ -530,35 +530,3 @@ func TestLiarsAffectNobodyElse(t *testing.T) {
 	r.waitNoSessions()
 	r.books()
 }
-
-// Where rows come in full although their rules ask for less, whoever reads events is told, once.
-func TestSitesThatAGPUGivesInFullAreTold(t *testing.T) {
-	r := newRig(t, nil)
-	p := r.producer(small)
-	p.Header.Device = ring.DeviceCUDA
-	p.Header.Encode(p.Mem)
-	c := r.attach(p, "s0000cafe", nil)
-	gates := func(revision uint64, keep uint64) {
-		r.server.SetGates(control.Gates{Revision: revision, Of: func(_ uint32, _ string, sites []tensor.Site) ([]tensor.Gate, []tensor.Watch) {
-			all := make([]tensor.Gate, len(sites))
-			for i := range all {
-				all[i].Level = tensor.Stats
-			}
-			all[0].Keep, all[0].Watch = keep, keep
-			return all, []tensor.Watch{{NonFinite: true}}
-		}})
-	}
-	gates(1, 0)
-	gates(2, 1)
-	gates(3, 1)
-	event, err := c.Expect("event", patience)
-	if err != nil || !strings.Contains(fmt.Sprint(event), "revision 2 of the policy: on a GPU, 1 of 2 sites come in full") {
-		t.Fatal(event, err)
-	}
-	if gate := p.Mem[p.Header.GatesOffset]; gate != ring.LevelFull {
-		t.Errorf("the site's gate is at %d", gate)
-	}
-	if gate := p.Mem[p.Header.GatesOffset+ring.GateSize]; gate != ring.LevelStats {
-		t.Errorf("the other's is at %d", gate)
-	}
-}

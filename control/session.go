@@ -54,7 +54,6 @@ type session struct {
 	owned    map[string]bool // runs that the store has as this session's; a part of them
 	finishes []requestEndMessage
 	closed   uint64 // highest step that was closed on any lane
-	whole    int    // sites that come in full because of triggers alone
 	stripped bool
 }
 
@@ -196,27 +195,9 @@ func (x *session) applyGates() {
 	if g.Of != nil {
 		gates, watches = g.Of(x.number, x.hello.Mode, x.sites)
 	}
-	if x.ring.Header().Device == ring.DeviceCUDA {
-		x.tellWhole(g.Revision, gates)
-	}
 	if err := x.ring.SetGates(g.Revision, gates, watches); err != nil {
 		x.event("error", "policy", fmt.Sprintf("revision %d of the policy cannot be given to session %s: %v", g.Revision, x.id, err))
 	}
-}
-
-// tellWhole says how many sites come in full because triggers keep rows of them, whose conditions a GPU does not evaluate. Called with x.mu.
-func (x *session) tellWhole(revision uint64, gates []tensor.Gate) {
-	whole := 0
-	for i := range gates {
-		if g := &gates[i]; !g.Off() && (g.Watch != 0 || g.Keep != 0 || g.Offer) {
-			whole++
-		}
-	}
-	if whole != x.whole && whole > 0 {
-		x.event("info", "policy", fmt.Sprintf("revision %d of the policy: on a GPU, %d of %d sites come in full, whatever their rules say, because triggers keep rows of them: "+
-			"the engine looks at them and leaves out the rest. Rows that find no room in the ring are not looked at: name fewer sites in hooks and keep, or give the ring more room", revision, whole, len(gates)))
-	}
-	x.whole = whole
 }
 
 // manifest is the store's, for one session.

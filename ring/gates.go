@@ -38,14 +38,12 @@ func (r *Ring) SetGates(revision uint64, gates []tensor.Gate, watches []tensor.W
 		return err
 	}
 	keeps := make([]byte, len(gates)*KeepSize)
-	if r.header.Device != DeviceCUDA {
-		for i := range gates {
-			keep := Keep{Watch: gates[i].Watch, Keep: gates[i].Keep}
-			if gates[i].Offer {
-				keep.Offer = 1
-			}
-			keep.Encode(keeps[i*KeepSize:])
+	for i := range gates {
+		keep := Keep{Watch: gates[i].Watch, Keep: gates[i].Keep}
+		if gates[i].Offer {
+			keep.Offer = 1
 		}
+		keep.Encode(keeps[i*KeepSize:])
 	}
 	word := r.control(ControlPolicyOffset)
 	before := atomic.LoadUint64(word)
@@ -98,8 +96,7 @@ func (r *Ring) encodeGates(gates []tensor.Gate) (table, clauses []byte, err erro
 			clauses = append(clauses, own...)
 		}
 		gate := Gate{Level: uint8(g.Level), Top: g.Top, Stride: uint16(max(1, g.Stride)), Clause: at, Clauses: uint16(len(g.Clauses))}
-		// Conditions and offers are none that a device knows: the engine finds them in rows that come in full.
-		if !placed || r.header.Device == DeviceCUDA && (g.Watch != 0 || g.Keep != 0 || g.Offer) {
+		if !placed {
 			gate = Gate{Level: LevelFull, Stride: 1}
 			if g.Off() {
 				gate.Level = LevelOff

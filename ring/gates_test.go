@@ -1,6 +1,8 @@
 package ring
 
 import (
+	"encoding/binary"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -114,26 +116,28 @@ func TestGatesAreSeenWhole(t *testing.T) {
 	group.Wait()
 }
 
-// TestGatesOfADevice: a device acts on levels and clauses, and knows neither conditions nor offers, for which it is given full gates.
-func TestGatesOfADevice(t *testing.T) {
-	r := gatedRing(t)
-	r.header.Device = DeviceCUDA
-	clause := tensor.GateClause{Level: tensor.Int8, Stride: 1, Phases: 3, Stop: OpenEnd, Step: 1}
-	gates := []tensor.Gate{{Level: tensor.Stats}, {Level: tensor.Off, Clauses: []tensor.GateClause{clause}}, {Level: tensor.Stats, Offer: true}, {Level: tensor.Off, Keep: 1}, {Level: tensor.Off}}
-	table, clauses, err := r.encodeGates(gates)
-	if err != nil {
-		t.Fatal(err)
-	}
-	want := []Gate{{Level: LevelStats, Stride: 1}, {Level: LevelOff, Stride: 1, Clauses: 1}, {Level: LevelFull, Stride: 1}, {Level: LevelFull, Stride: 1}, {Level: LevelOff, Stride: 1}}
-	for i := range want {
-		var got Gate
-		got.Decode(table[i*GateSize:])
-		got.Clause = 0
-		if got != want[i] {
-			t.Errorf("gate %d is %+v, want %+v", i, got, want[i])
+// What triggers keep is written beside the gates, which stay what the rules make them, for a device too.
+func TestKeepsAreWrittenBesideGates(t *testing.T) {
+	for _, device := range []uint32{DeviceCPU, DeviceCUDA} {
+		r := gatedRing(t)
+		r.header.Device = device
+		gates := []tensor.Gate{{Level: tensor.Stats}, {Level: tensor.Stats, Offer: true}, {Level: tensor.Off, Keep: 5, Watch: 4}}
+		if err := r.SetGates(1, gates, []tensor.Watch{{NonFinite: true}}); err != nil {
+			t.Fatal(err)
 		}
-	}
-	if len(clauses) != ClauseSize {
-		t.Errorf("%d bytes of clauses, want one clause", len(clauses))
+		if _, levels := latch(r, 3); !slices.Equal(levels, []uint8{LevelStats, LevelStats, LevelOff}) {
+			t.Errorf("device %d: the gates are at %v", device, levels)
+		}
+		at := r.header.GatesOffset + uint64(r.header.SiteCapacity)*GateSize + MaxClauses*ClauseSize + MaxWatches*WatchSize
+		for i, want := range []Keep{{}, {Offer: 1}, {Watch: 4, Keep: 5}} {
+			var b [KeepSize]byte
+			for n := 0; n < len(b); n += 8 {
+				binary.LittleEndian.PutUint64(b[n:], atomic.LoadUint64(r.word(at+uint64(i*KeepSize+n))))
+			}
+			var got Keep
+			if got.Decode(b[:]); got != want {
+				t.Errorf("device %d: site %d keeps %+v, want %+v", device, i, got, want)
+			}
+		}
 	}
 }
