@@ -255,7 +255,8 @@ gpu-test: gpu-site
 	$(call say,tests on $$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1))
 	$(GPU_PYTHON) cuda/build.py --gpu-test
 	cd python && $(ON_GPU) -m pytest -o pythonpath= tests/gpu --ignore tests/gpu/test_matrix.py
-	cd python && DMI_TEST_DEVICE=cuda $(ON_GPU) -m pytest -o pythonpath= tests/gpu/test_matrix.py tests/test_fidelity.py tests/test_whole_path.py tests/test_generate.py
+	cd python && DMI_TEST_DEVICE=cuda $(ON_GPU) -m pytest -o pythonpath= tests/gpu/test_matrix.py tests/test_fidelity.py tests/test_whole_path.py tests/test_generate.py \
+		tests/test_keep.py tests/test_policy_changes.py
 
 # What measurements on a GPU need of Go. Carried to a machine without it, they serve as well.
 gpu-programs:

@@ -41,7 +41,7 @@ ON_CUDA = {"DMI_TEST_DEVICE": "cuda"}
 PARTS = [
     Part("native", 240, "cuda/build.py --gpu-test"),
     Part("ring", 240, tests("gpu/test_ring.py", "gpu/test_flush.py", "gpu/test_memory.py")),
-    Part("levels-policy", 240, tests("test_levels.py", "test_selection.py", "test_policy_changes.py"), ON_CUDA),
+    Part("levels-policy", 240, tests("test_levels.py", "test_selection.py", "test_policy_changes.py", "test_keep.py"), ON_CUDA),
     Part("overhead-38-graph", 420, f"bench/gpu_overhead.py residual:graph:1,8,32,64,128,256 --name gpu_overhead_38 {SAVE}"),
     Part("overhead-434-graph", 480, f"bench/gpu_overhead.py all:graph:1,8,32,64,128,256 --name gpu_overhead_434 {SAVE}"),
     Part("stats-434-graph", 420, f"bench/gpu_overhead.py all:graph:1,32,256:stats all:graph:256:stats:8 --name gpu_stats {SAVE}"),

@@ -55,6 +55,7 @@ def test_an_anomaly_among_256_requests_is_caught_in_its_step(tmp_path: Path, con
         save_file({"weight": np.eye(1, 64, dtype=np.float32) * 2}, store / "probe.safetensors")
         session.policy.set(f"default: {below}\ntriggers:\n- {{name: caught, hooks: {WATCHED}, when: {condition}, keep: [{WATCHED}]}}\n")
         model(prompts(256, 4), use_cache=False)  # nothing is wrong
+        session.flush()  # two steps' statistics are more than the ring holds
         plant.row, plant.value, plant.at = anomalous, value, at
         with plainly(model.model.layers[1]) as seen:
             # 256 x 4 rows of 64 float32 at two sites: four times the ring.
@@ -77,18 +78,20 @@ def test_an_anomaly_among_256_requests_is_caught_in_its_step(tmp_path: Path, con
         assert sum(outcomes["captured"].values()) + sum(outcomes.get("skipped", {}).values()) == 2 * 2 * 256 * 4
 
 
-def test_what_had_passed_is_fetched_late(tmp_path: Path) -> None:
-    """The last layer's rows tell that those of the first are wanted."""
+@pytest.mark.parametrize("condition", ["above: 500", "zscore: 50, warmup: 8"])
+def test_what_had_passed_is_kept_too(tmp_path: Path, condition: str) -> None:
+    """The last layer's rows tell that those of the first are wanted: the op, or, where only the engine can know, what it has seen of the whole step."""
     model = llama()
     plant = Plant(model.model.layers[1])
     with dmi.attach(model, ["blocks.*.hook_resid_post", "hook_embed"], store=tmp_path / "s") as session, torch.no_grad():
-        session.policy.set(f"default: stats\ntriggers:\n- {{name: caught, hooks: {WATCHED}, when: {{statistic: absmax, above: 500}}, keep: [hook_embed, hook_resid_post]}}\n")
+        session.policy.set(f"default: stats\ntriggers:\n- {{name: caught, hooks: {WATCHED}, when: {{statistic: absmax, {condition}}}, keep: [hook_embed, hook_resid_post]}}\n")
+        model(prompts(4, 3), use_cache=False)  # nothing is wrong
         plant.row, plant.value, plant.at = 2, 900, slice(5, 6)
         with plainly(model.model.layers[0]) as seen:
             model(prompts(4, 3), use_cache=False)
         session.flush()
-        for request, name in enumerate(session.requests):
+        for request, name in enumerate(session.requests[4:]):
             cache = session.cache(request=name)
             for site in ("hook_embed", "blocks.0.hook_resid_post", WATCHED):
                 assert levels_of(cache, site) == {("captured", "full" if request == 2 else "stats")}, (site, request)
-        assert torch.equal(session.cache(request=session.requests[2]).get("blocks.0.hook_resid_post"), seen[0][2])
+        assert torch.equal(session.cache(request=session.requests[4 + 2]).get("blocks.0.hook_resid_post"), seen[0][2])
