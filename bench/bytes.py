@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """What leaves the ring, in bytes: statistics of every site of a layer as wide as Qwen3-4B's, against the rows in full; and of late selection, against what its rules ask for.
 
-    python bench/bytes.py [--device cuda] [--save]
+    python bench/bytes.py [--device cuda] [--save [FOLDER]]
 
-Two layers, as all are alike, and a batch of decode steps and prompts. Bytes are those that the engine's copy commands move: what crosses PCIe, where there is one. On a GPU a trigger's condition is
-the engine's to find, from rows that come in full, so late selection is measured on the CPU alone. `--save` writes bench/results/.
+Two layers, as all are alike, and a batch of decode steps and prompts. Bytes are those that the engine's copy commands move, and those that come by the spill region: what crosses PCIe, where there is
+one. `--save` writes bench/results/, or FOLDER; `--commit` says of what, where this is no checkout.
 """
 
 from __future__ import annotations
@@ -106,7 +106,8 @@ def say(rows: list[dict[str, Any]], metric: str, value: float, unit: str, baseli
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--save", action="store_true")
+    parser.add_argument("--save", nargs="?", type=Path, const=result.FOLDER, metavar="FOLDER")
+    parser.add_argument("--commit", default="")
     given = parser.parse_args()
     torch.manual_seed(0)
     config = Qwen3Config(hidden_size=2560, intermediate_size=9728, num_hidden_layers=2, num_attention_heads=32, num_key_value_heads=8, head_dim=128, vocab_size=1024)
@@ -114,10 +115,13 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="dmi-bytes-") as folder:
         statistics(Path(folder) / "statistics", model, rows)
-        if given.device == "cpu":
-            late(Path(folder) / "late", model, rows)
-    if given.save:
-        print(f"written to {result.write('bytes' if given.device == 'cpu' else 'gpu_bytes', rows, torch=torch.__version__)}")
+        late(Path(folder) / "late", model, rows)
+    if given.save and given.device == "cpu":
+        print(f"written to {result.write('bytes', rows, folder=given.save, torch=torch.__version__)}")
+    elif given.save:
+        from gpu_model import save
+
+        save(given.save, "gpu_bytes", given.commit, rows, None)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """What an overloaded engine costs the model, and how long until everything is captured again after it.
 
-    python bench/overload.py [--seconds N] [--device cuda] [--save]
+    python bench/overload.py [--seconds N] [--device cuda] [--save [FOLDER]]
 
 Two copies of one model take turns, step by step (on a GPU eight by eight), one observed and one not, either first as often; the figure is the median of the
 ratios of neighbouring turns, by the clock and by the thread's own processor time, which other programs disturb less. In best-effort mode: the disk takes a tenth of what comes (an engine built with `-tags slowdisk`), then all again; then the
 engine is stopped for 10 s, and goes on. Afterwards the books are held against what was computed. In complete mode the disk is slow
 for a while: nothing may be lost, and the wait is reported. On a GPU both models run in CUDA graphs. Needs Go, or what it makes of `make
-gpu-bench`, bin/dmi-slowdisk. `--save` writes bench/results/.
+gpu-bench`, bin/dmi-slowdisk. `--save` writes bench/results/, or FOLDER; `--commit` says of what, where
+this is no checkout.
 """
 
 from __future__ import annotations
@@ -213,7 +214,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=30, help="of each measurement")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--save", action="store_true")
+    parser.add_argument("--save", nargs="?", type=Path, const=result.FOLDER, metavar="FOLDER")
+    parser.add_argument("--commit", default="")
     given = parser.parse_args()
     engine = ROOT / "bin" / "dmi-slowdisk"
     if shutil.which("go") is None and not engine.exists():
@@ -235,9 +237,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="dmi-overload-", dir=ROOT / "build") as folder:
         best_effort(Path(folder) / "best", given.seconds, given.device, row)
         complete(Path(folder) / "complete", given.seconds, given.device, row)
-    if given.save:
-        path = result.write("overload" if given.device == "cpu" else "gpu_overload", rows, torch=torch.__version__)
-        print(f"written to {path}")
+    if given.save and given.device == "cpu":
+        print(f"written to {result.write('overload', rows, folder=given.save, torch=torch.__version__)}")
+    elif given.save:
+        from gpu_model import save
+
+        save(given.save, "gpu_overload", given.commit, rows, None)
 
 
 if __name__ == "__main__":
