@@ -3,7 +3,7 @@
 //
 // Every tick it is given how full each bounded resource is, how much passes through it and how much could. A resource presses where it is
 // fuller than its high mark, has refused rows since, or a budget is exceeded. Then a rule goes one rung down its ladder: of those of the
-// lowest priority the one that costs most. Where it would be full before that has an effect, rungs are taken until the rest is less than what
+// lowest priority the one that costs most; rules that cost nothing just now go down to the end before any of a higher priority goes at all. Where it would be full before that has an effect, rungs are taken until the rest is less than what
 // can pass. After that it waits until the steps can have had an effect.
 //
 // Where nothing presses, and all resources have been below their low marks for a while, rules come back in the opposite order, as many rungs

@@ -205,14 +205,22 @@ func (g *Governor) down(now time.Time, r Resource, urgent bool, rules []Rule, wh
 		excess = r.Load - g.marks.Margin*most
 	}
 	for len(steps) == 0 || excess > 0 {
-		best := -1 // a rule that costs nothing has nothing to give
+		best := -1
+		left := func(i int) bool { return g.rungs[i]+1 < len(rules[i].Cost) }
 		for i, rule := range rules {
-			if g.rungs[i]+1 < len(rule.Cost) && rule.Cost[g.rungs[i]] != 0 && (best < 0 || less(rule, rules[best], g.rungs[i], g.rungs[best])) {
+			if left(i) && rule.Cost[g.rungs[i]] != 0 && (best < 0 || less(rule, rules[best], g.rungs[i], g.rungs[best])) {
 				best = i
 			}
 		}
 		if best < 0 {
-			break
+			break // who costs nothing has nothing to give
+		}
+		// But nobody is lowered before all of a lower priority are: what nothing comes for now may come at any time.
+		for i, rule := range rules {
+			for rule.Priority < rules[best].Priority && left(i) {
+				steps = append(steps, Step{Rule: i, From: g.rungs[i], To: g.rungs[i] + 1, Why: why})
+				g.rungs[i]++
+			}
 		}
 		from := g.rungs[best]
 		steps = append(steps, Step{Rule: best, From: from, To: from + 1, Why: why})

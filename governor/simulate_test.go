@@ -320,3 +320,17 @@ func TestNoRuleStarves(t *testing.T) {
 		}
 	})
 }
+
+// A rule that nothing comes for has nothing to give, but it does not stay whole while one of a higher priority is lowered.
+func TestNobodyGoesDownBeforeLowerPriorities(t *testing.T) {
+	g := New(3, Marks{})
+	rules := []Rule{{Priority: 1, Cost: []float64{100, 10, 0}}, {Priority: 0, Cost: []float64{0, 0, 0}}, {Priority: 1, Cost: []float64{0, 0}}}
+	steps := g.Tick(time.Unix(1, 0), []Resource{{Name: "disk", Fill: 0.95}}, rules)
+	want := []Step{{Rule: 1, From: 0, To: 1}, {Rule: 1, From: 1, To: 2}, {Rule: 0, From: 0, To: 1}}
+	for i := range steps {
+		steps[i].Why = ""
+	}
+	if !slices.Equal(steps, want) {
+		t.Errorf("lowered %v, want %v", steps, want)
+	}
+}
