@@ -214,8 +214,8 @@ soak: setup $(VLLM)/.installed
 	go test -count=1 -timeout 12h -v -run 'TestCrash|TestEveryFlippedBit|TestTruncated|TestRandomFaults|TestFirstOfTwo' ./store -crashes 0 -flips 0 -faults 100
 	$(call say,random changes of the policy under a running model: 10000)
 	cd python && DMI_POLICY_CHANGES=10000 ../$(PY) -m pytest -s tests/test_policy_changes.py
-	$(call say,every family compiled by Inductor, in two dtypes; generate compiled in every order)
-	cd python && DMI_TEST_FULL=1 ../$(PY) -m pytest tests/test_inductor.py tests/test_generate_compiled.py
+	$(call say,every family compiled by Inductor, in two dtypes; generate compiled in every order; compilers' caches on disk)
+	cd python && DMI_TEST_FULL=1 ../$(PY) -m pytest tests/test_inductor.py tests/test_generate_compiled.py tests/test_compile_caches.py -k 'not reduce-overhead'
 	$(call say,continuous batching: every family and load: 12000 requests)
 	cd python && DMI_TEST_FULL=1 DMI_BATCHING_REQUESTS=500 ../$(PY) -m pytest tests/test_continuous_batching.py
 	$(call say,vLLM: changing hooks and its compile cache; 10,000 requests held against the same ones alone)

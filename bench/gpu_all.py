@@ -50,7 +50,7 @@ PARTS = [
     Part("seed-graph", 540, f"bench/gpu_seed.py --ways graph --name gpu_seed_graph --plot bench/results/gpu_seed_graph.svg {SAVE}"),
     Part("sweep", 300, f"bench/gpu_sweep.py --plot bench/results/gpu_sweep.svg {SAVE}"),
     Part("matrix", 540, tests("gpu/test_matrix.py"), ON_CUDA),
-    Part("compile", 420, tests("test_compile.py", "test_inductor.py", "test_lifetimes.py"), ON_CUDA),
+    Part("compile", 420, tests("test_compile.py", "test_compile_caches.py", "test_inductor.py", "test_lifetimes.py"), ON_CUDA),
     Part("fidelity", 480, tests("test_fidelity.py", "test_whole_path.py", "test_generate.py"), ON_CUDA),
     Part("bytes", 90, "bench/bytes.py --device cuda --save"),
     Part("overload", 240, "bench/overload.py --device cuda --seconds 10 --save"),

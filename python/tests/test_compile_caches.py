@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.newest
+pytestmark = [
+    pytest.mark.newest,
+    pytest.mark.skipif(not (os.environ.get("DMI_TEST_FULL") or os.environ.get("DMI_TEST_DEVICE")), reason="five processes that compile take minutes: DMI_TEST_FULL=1, as in make soak"),
+]
 HERE = Path(__file__).parent
 
 

@@ -412,7 +412,7 @@ def test_a_tensor_elsewhere_is_booked() -> None:
     consumer = Consumer(ring)
     site = ring.add_site("x", layer=None, space=TOKENS, roles=[ROW, INNER])
     assert ring.open_step(0, [(1, TOKENS, 0, 0, 4, 0, 0, 0, 0)], width=(4, 0, 0))
-    capture(ring, [torch.randn(4, 8)], [site])
+    capture(ring, [torch.randn(4, 8, device="cpu")], [site])
     ring.close_step(0)
     (record,) = captures(drained(consumer))
     assert (record.raw.outcome, record.raw.reason, record.raw.rows) == (Outcome.DROPPED, Reason.MISMATCH, 4)
