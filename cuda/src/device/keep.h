@@ -261,7 +261,8 @@ DMI_HD void each_lot_of(const Scratch& x, Lot* lots, uint32_t i, Visit visit) {
 }
 
 // Makes the group's lots, by all threads of a block: false where it has no need of them, or there is no room for them. x.record: those
-// before each tensor's. The first `keeping` tensors keep rows.
+// before each tensor's. The first `keeping` tensors keep rows. Marks only ever come to a step, so they are made anew a bounded number of
+// times.
 template <typename Block>
 DMI_HD bool make_lots(Block& block, State& s, const Group& g, Scratch& x, uint32_t keeping) {
   const Fixed& f = x.fixed;
@@ -379,7 +380,7 @@ template <typename Block>
 DMI_HD DMI_APART bool divide(Block& block, State& s, const Group& g, Scratch& x) {
   Meeting& m = *g.meeting;
   const Fixed& f = x.fixed;
-  for (uint32_t keeping = g.count;;) {
+  for (uint32_t keeping = g.count;;) {  // fewer each time
     if (!make_lots(block, s, g, x, keeping)) {
       block.sync();
       if (block.thread() == 0) m.lots = 0;
