@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What an overloaded engine costs the model, and how long until everything is captured again after it.
 
-    python bench/overload.py [--seconds N] [--device cuda] [--save [FOLDER]]
+    python bench/overload.py [--seconds N] [--device cuda] [--store DIR] [--save [FOLDER]]
 
 Two copies of one model take turns, step by step (on a GPU eight by eight), one observed and one not, either first as often; the figure is the median of the
 ratios of neighbouring turns, by the clock and by the thread's own processor time, which other programs disturb less. In best-effort mode: the disk takes a tenth of what comes (an engine built with `-tags slowdisk`), then all again; then the
@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import statistics
@@ -63,7 +64,7 @@ class Bench:
         self.speed.write_text("0")
         self.tokens = self.turns = 0
         self.numbers: list[int] | None = None
-        self.steps = 8 if self.gpu else 1  # of a turn: the host is ahead of a device, as in any loop
+        self.steps = 8 if self.gpu else 1  # of a turn: the host is ahead of a device, as in any loop; each replays another recording, as in gpu_overhead
         if self.gpu:
             # Decoding of a batch, as in gpu_overhead, by the shape of Qwen3-4B.
             from gpu_model import Decode, model, record, twin
@@ -84,8 +85,9 @@ class Bench:
         self.session = dmi.attach(self.model, HOOKS, store=store, mode=mode, wait_bound_s=120, **sizes)
         self.engine = int(json.loads((store / "engine.json").read_text())["pid"])
         if self.gpu:
-            self.plainly, _ = record(plain)
-            self.observedly, _ = record(mine, self.step)
+            places = random.Random(BATCH)
+            self.plainly = [record(plain, scatter=places)[0] for _ in range(self.steps)]
+            self.observedly = [record(mine, self.step, scatter=places)[0] for _ in range(self.steps)]
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
@@ -96,15 +98,15 @@ class Bench:
             yield
         self.tokens += self.rows_a_step
 
-    def forward(self, observed: bool) -> None:
+    def forward(self, observed: bool, number: int) -> None:
         if not self.gpu:
             (self.model if observed else self.plain)(self.ids, use_cache=False)
             self.tokens += self.rows_a_step if observed else 0
         elif observed:
             with self.step():
-                self.observedly.replay()
+                self.observedly[number].replay()
         else:
-            self.plainly.replay()
+            self.plainly[number].replay()
 
     def turn(self) -> Turn:
         """Seconds of a step observed, and of one that is not."""
@@ -112,8 +114,8 @@ class Bench:
         self.turns += 1
         for observed in (True, False) if self.turns % 2 else (False, True):
             begun, used = time.perf_counter(), time.thread_time()
-            for _ in range(self.steps):
-                self.forward(observed)
+            for number in range(self.steps):
+                self.forward(observed, number)
             if self.gpu:
                 torch.cuda.synchronize()
             took[observed] = (time.perf_counter() - begun) / self.steps, (time.thread_time() - used) / self.steps
@@ -224,6 +226,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=30, help="of each measurement")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--store", type=Path, default=ROOT / "build", metavar="DIR", help="where the engine's disk is")
     parser.add_argument("--save", nargs="?", type=Path, const=result.FOLDER, metavar="FOLDER")
     parser.add_argument("--commit", default="")
     given = parser.parse_args()
@@ -244,7 +247,7 @@ def main() -> None:
         against = "" if ratio is None else f"  of {baseline:.2f}: x{ratio:.4f}"
         print(f"{metric:58} {value:12.2f} {unit}{against}{'' if fine is None else '  ' + goal + (': yes' if fine else ': NO')}", flush=True)
 
-    with tempfile.TemporaryDirectory(prefix="dmi-overload-", dir=ROOT / "build") as folder:
+    with tempfile.TemporaryDirectory(prefix="dmi-overload-", dir=given.store) as folder:
         best_effort(Path(folder) / "best", given.seconds, given.device, row)
         complete(Path(folder) / "complete", given.seconds, given.device, row)
     if given.save and given.device == "cpu":
