@@ -189,7 +189,7 @@ class Process:
             raise Late
         if not line:
             self.process.kill()
-            said = self.log.read_text(errors="replace").strip().splitlines()
+            said = [re.sub(r"^\(\w+ pid=\d+\) (\w+ [\d-]+ [\d:]+ \[[^\]]*\] )?", "", line) for line in self.log.read_text(errors="replace").strip().splitlines()]
             errors = [line for line in said if re.search(r"\b\w*Error\b:? ", line) and "raise " not in line and "EngineDeadError" not in line]
             raise NotRun((errors or said)[-1:] or ["it said nothing"])
         return dict(json.loads(line))

@@ -158,6 +158,8 @@ def main() -> None:
     arguments = parser.parse_args()
     done = resumed(arguments.resume, arguments)
     print(f"seed {arguments.seed}" + (f", {len(done)} parts are done" if done else ""), flush=True)
+    if done and arguments.save:  # the folder may be another one, and there may be no time for another part
+        save(arguments, done)
     work = Path(tempfile.mkdtemp(prefix="dmi-attribution-"))
     begun = time.monotonic()
     try:
