@@ -2,7 +2,7 @@
 
     python cuda/build.py           python/src/dmi/lib/libdmi.so, if anything changed
     python cuda/build.py --cpu     the same without CUDA; --to FILE for elsewhere
-    python cuda/build.py --test    the native tests: plain, and under the sanitizers
+    python cuda/build.py --test    the native tests: of the library's own objects, and under the sanitizers; --full: with more chance
     python cuda/build.py --gpu-test  the native tests on a GPU
     python cuda/build.py --gpu-soak  10^8 records of random traffic on a GPU, every row on the books
     python cuda/build.py --gpu-sanitize  the native tests on a GPU under compute-sanitizer, which comes with the CUDA toolkit
@@ -56,6 +56,8 @@ HEADERS = sorted([*(CUDA / "include" / "dmi").glob("*.h"), *(CUDA / "src").glob(
 # Code for 8.0 runs on all of 8.x, and so on; PTX of the last serves what is newer.
 ARCHS = os.environ.get("DMI_CUDA_ARCHS", "80 90 100 120").split()
 TESTS = sorted((CUDA / "test").glob("*_test.cpp"))
+# Random steps of levels_test, in full or not. What they come to is looked at plain; a sanitizer looks at how.
+STEPS = {False: {"plain": "120", "tsan": "60", "asan": "60"}, True: {"plain": "1200", "tsan": "1200", "asan": "1200"}}
 
 
 def torch_root() -> Path:
@@ -192,27 +194,32 @@ def test_golden() -> None:
     print(f"golden dumps: {len(kept)} as written by C")
 
 
-def test() -> None:
+def test(full: bool) -> None:
     test_golden()
     if toolkit() is not None:
         for program in build_gpu_tests():
             print(f"{program.relative_to(ROOT)}: built, to be run on a GPU machine (--gpu-test)", flush=True)
+    support = sorted((CUDA / "test").glob("*.h"))
+    inside = f"-I{CUDA}/src"
     for kind, flags in {
         "plain": ["-O2"],
         "tsan": ["-O1", "-fsanitize=thread"],
         "asan": ["-O1", "-fsanitize=address,undefined"],
     }.items():
-        objects = compile_objects(kind, [*SOURCES, HOST_DEVICE], [*flags, f"-I{CUDA}/src"], sorted((CUDA / "test").glob("*.h")))
+        if kind == "plain":
+            objects = [*compile_objects("library", SOURCES, [], []), *compile_objects(kind, [HOST_DEVICE], [*flags, inside], support)]
+        else:
+            objects = compile_objects(kind, [*SOURCES, HOST_DEVICE], [*flags, inside], support)
         for source in TESTS:
             program = OBJECTS / kind / source.stem
-            support = sorted((CUDA / "test").glob("*.h"))
             make(
                 program,
-                [CXX, *FLAGS, *flags, f"-I{CUDA}/src", str(source), *map(str, objects), "-pthread", "-o", str(program)],
+                [CXX, *FLAGS, *flags, inside, str(source), *map(str, objects), "-pthread", "-o", str(program)],
                 [source, *support, *objects, *HEADERS],
             )
-            print(f"{source.stem} ({kind})", flush=True)
-            run([str(program)])
+            arguments = [STEPS[full][kind]] if source.stem == "levels_test" else []
+            print(" ".join([source.stem, *arguments, f"({kind})"]), flush=True)
+            run([str(program), *arguments])
 
 
 def build_gpu_tests() -> list[Path]:
@@ -258,6 +265,7 @@ def sanitize_on_gpu() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--test", action="store_true", help="build and run the native tests instead")
+    parser.add_argument("--full", action="store_true", help="with --test: ten times as many random steps, and more under the sanitizers")
     parser.add_argument("--gpu-test", action="store_true", help="build the native tests for a GPU and run them")
     parser.add_argument("--gpu-soak", action="store_true", help="run 10^8 records of random traffic on a GPU")
     parser.add_argument("--gpu-sanitize", action="store_true", help="run the native tests on a GPU under compute-sanitizer")
@@ -265,7 +273,7 @@ def main() -> None:
     parser.add_argument("--to", type=Path, default=LIBRARY, metavar="FILE", help="where the library goes")
     arguments = parser.parse_args()
     if arguments.test:
-        test()
+        test(arguments.full)
     elif arguments.gpu_test:
         test_on_gpu()
     elif arguments.gpu_soak:
