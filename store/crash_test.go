@@ -13,7 +13,7 @@ import (
 	"dmi/tensor"
 )
 
-var crashes = flag.Int("crashes", 15, "crash points to try, of all that a recorded load has; 0: every one")
+var crashes = flag.Int("crashes", 5, "crash points to try, of all that a recorded load has; 0: every one")
 
 // crashLoad is the load that is crashed: everything that a session does, with barriers, sealing and rotation; and now and then what else changes the store.
 func crashLoad(l *load, forwards int, besides func(*load) error) error {

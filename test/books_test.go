@@ -23,7 +23,7 @@ import (
 // rows were produced. What each producer counted itself is what the store says was produced, and the sum of what it says became of it.
 func TestBooks(t *testing.T) {
 	random := seeded(t)
-	w := &world{t: t, dir: storeDir(t), target: uint64(share(4_000_000, 100_000_000))}
+	w := &world{t: t, dir: storeDir(t), target: uint64(share(2_000_000, 100_000_000))}
 	say := newProgress(t)
 	w.engine = start(t, w.dir)
 	var working sync.WaitGroup

@@ -24,7 +24,7 @@ var smallRing = ringtape.Shape{RecordCapacity: 512, CommandCapacity: 64, SiteCap
 // Each time, what it had called durable can be read, and is right; the books balance; and the next engine goes on where it left.
 func TestEngineKilled(t *testing.T) {
 	random := seeded(t)
-	rounds := share(8, 1000)
+	rounds := share(4, 1000)
 	say := newProgress(t)
 	var total killTotals
 	for done := 0; done < rounds; {

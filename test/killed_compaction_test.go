@@ -158,7 +158,7 @@ func segmentsOf(t *testing.T, dir string) map[string]bool {
 // is corrupt, and the next one finishes it.
 func TestKilledInCompaction(t *testing.T) {
 	random := seeded(t)
-	kills := share(10, 1000)
+	kills := share(5, 1000)
 	say := newProgress(t)
 	pristine := filepath.Join(t.TempDir(), "pristine")
 	scatteredStore(t, pristine)

@@ -91,7 +91,7 @@ func mapWords(file string) ([]uint64, error) {
 // read; what they had published is on the books, to the row; and the one that lives loses nothing.
 func TestProducerKilled(t *testing.T) {
 	random := seeded(t)
-	kills := share(6, 100)
+	kills := share(3, 100)
 	say := newProgress(t)
 	var produced, captured, durable uint64
 	for done := 0; done < kills; {
