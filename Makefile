@@ -20,7 +20,14 @@ PY     := $(VENV)/bin/python
 PYNEW  := $(NEWEST)/bin/python
 PYVLLM := $(VLLM)/bin/python
 UV     := $(VENV)/bin/uv
-say    = @printf '\033[1m== %s\033[0m\n' "$(1)"
+# BESIDE: what is made is made beside other things, and has its say when it is over; that it begins is said at once.
+define say
+$(if $(BESIDE),+@echo ".. $(1)")
+@printf '\033[1m== %s\033[0m\n' "$(1)"
+endef
+# What was not checked, and why: said where it comes up, and once more at the end of `make test`.
+UNSEEN := build/not-checked
+unseen = { mkdir -p build; tee -a $(UNSEEN); }
 
 export PYTHONPATH := $(CURDIR)/python/src
 export HF_HUB_OFFLINE := 1
@@ -30,8 +37,9 @@ export DMI_PYTHON := $(CURDIR)/$(PY)
 GO_SOURCES     := $(shell find . -name '*.go' -not -path './.*' 2>/dev/null) go.mod go.sum $(wildcard serve/openapi.yaml)
 NATIVE_SOURCES := $(shell find cuda abi -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.py' 2>/dev/null)
 NATIVE         := python/src/dmi/lib/libdmi.so
+BUILT          := $(NATIVE) bin/dmi
 
-.PHONY: help setup page demo demo-vllm test lint vuln test-abi test-go test-native test-python test-newest test-vllm test-page test-alerts fuzz soak bench wheel gpu-site gpu-programs gpu-test gpu-all gpu-bench gpu-bench-vllm gpu-attribution clean
+.PHONY: help setup page demo demo-vllm test lint vuln test-abi test-go test-native test-python test-newest test-vllm test-page test-alerts test-fuzz fuzz soak bench wheel gpu-site gpu-programs gpu-test gpu-all gpu-bench gpu-bench-vllm gpu-attribution clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -95,7 +103,7 @@ bin/dmi: $(GO_SOURCES) web/dist/index.html
 page: web/dist/index.html
 
 setup:
-	@$(MAKE) --no-print-directory -j2 $(NATIVE) bin/dmi
+	@$(MAKE) --no-print-directory -j2 $(BUILT)
 
 # ------------------------------------------------------------------ the main job
 demo demo-vllm: export TQDM_DISABLE := 1# the model's conversion has a bar of its own beside ours
@@ -108,16 +116,18 @@ demo-vllm: setup $(VLLM)/.installed
 	@$(PYVLLM) -m dmi.vllm.demo
 
 # ------------------------------------------------------------------ tests
-# Tools for Go, pinned, and installed where `make clean` finds them. Go's own cache makes a second installation quick.
+# Tools for Go, pinned, and installed where `make clean` finds them. Go's own cache makes a second installation quick. They are built, and look at our packages, as bin/dmi
+# is built: without cgo and with -trimpath. So what Go compiled for one serves the others.
+AS_BUILT      := CGO_ENABLED=0 GOFLAGS=-trimpath
 TOOLS         := .cache/tools
 GOLANGCI_LINT := $(TOOLS)/golangci-lint-v2.15.0
 GOVULNCHECK   := $(TOOLS)/govulncheck-v1.9.0
 VULN_DB       ?= https://vuln.go.dev
 
-install-tool = @mkdir -p $(TOOLS) && GOBIN=$(CURDIR)/$(TOOLS)/new go install $(1)@$(lastword $(subst -v, v,$@)) && mv $(TOOLS)/new/$(notdir $(1)) $@ && rmdir $(TOOLS)/new
+install-tool = @mkdir -p $(TOOLS) && $(AS_BUILT) GOBIN=$(CURDIR)/$(TOOLS)/new go install $(1)@$(lastword $(subst -v, v,$@)) && mv $(TOOLS)/new/$(notdir $(1)) $@ && rmdir $(TOOLS)/new
 
 $(GOLANGCI_LINT):
-	$(call say,golangci-lint (a few minutes the first time))
+	$(call say,golangci-lint (two minutes the first time))
 	$(call install-tool,github.com/golangci/golangci-lint/v2/cmd/golangci-lint)
 
 $(GOVULNCHECK):
@@ -127,15 +137,15 @@ $(GOVULNCHECK):
 # A machine without the network cannot ask the database; that is said, and is not a failure. Anything found is one.
 vuln: $(GOVULNCHECK)
 	$(call say,known vulnerabilities in what bin/dmi calls)
-	@out=$$(timeout 180 $(GOVULNCHECK) -db $(VULN_DB) ./cmd/dmi 2>&1) && code=0 || code=$$?; \
+	@out=$$($(AS_BUILT) timeout 180 $(GOVULNCHECK) -db $(VULN_DB) ./cmd/dmi 2>&1) && code=0 || code=$$?; \
 	if [ $$code = 124 ] || { [ $$code = 1 ] && grep -q 'fetching vulnerabilities' <<< "$$out"; }; then \
-		echo "NOT CHECKED: the vulnerability database $(VULN_DB) cannot be reached from here. Run 'make vuln' where it can:"; tail -n 1 <<< "$$out"; \
+		echo "NOT CHECKED: the vulnerability database $(VULN_DB) cannot be reached from here. Run 'make vuln' where it can:" | $(unseen); tail -n 1 <<< "$$out"; \
 	else echo "$$out"; exit $$code; fi
 
 lint: $(VENV)/.installed $(GOLANGCI_LINT)
 	$(call say,lint)
 	@out=$$(gofmt -l $$(git ls-files '*.go')); if [ -n "$$out" ]; then echo "gofmt: run gofmt -w on:"; echo "$$out"; exit 1; fi
-	$(GOLANGCI_LINT) run --allow-parallel-runners ./...
+	$(AS_BUILT) $(GOLANGCI_LINT) run --allow-parallel-runners ./...
 	$(VENV)/bin/ruff check --config python/pyproject.toml python bench abi cuda
 	cd python && ../$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'cuda/*.cpp' 'cuda/*.h' 'cuda/*.cu')
@@ -148,31 +158,32 @@ test-native: $(NATIVE)
 	$(call say,native tests)
 	$(PY) cuda/build.py --test
 
+# Vet is lint's.
 test-go: $(VENV)/.installed
 	$(call say,Go tests)
-	go test -race -timeout 60m ./...
+	go test -race -vet=off -timeout 60m ./...
 
-test-python: setup
+test-python: $(BUILT)
 	$(call say,Python tests on the oldest supported torch)
 	cd python && ../$(PY) -m pytest
 
-test-newest: setup $(NEWEST)/.installed
+test-newest: $(BUILT) $(NEWEST)/.installed
 	$(call say,Python tests on the newest supported torch)
 	cd python && ../$(PYNEW) -m pytest -m newest
 
-test-vllm: setup $(VLLM)/.installed
+test-vllm: $(BUILT) $(VLLM)/.installed
 	$(call say,Python tests that need vLLM)
 	cd python && ../$(PYVLLM) -m pytest tests/test_vllm.py
 
 # The browser is the system's. Where it is missing and may be installed (root, apt) it is; elsewhere this says what was not checked, and is no failure.
-test-page: setup
+test-page: $(BUILT)
 	$(call say,the page in Chromium)
 	@browser() { test -x "$${CHROMIUM:-}" || command -v chromium chromium-browser google-chrome >/dev/null; }; \
 	if ! browser && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		echo "installing Debian's chromium"; { apt-get -qq update && apt-get -qq install --yes --no-install-recommends chromium; } >/dev/null 2>&1 || true; \
 	fi; \
-	if [ "$(NODE_OK)" != yes ]; then echo "NOT CHECKED: the page was not built, there is no Node 20.19 or newer with npm. Install it and run 'make test-page'"; \
-	elif ! browser; then echo "NOT CHECKED: there is no Chromium to open the page in. 'apt-get install chromium' (as root), or name one: make test-page CHROMIUM=/path/to/chrome"; \
+	if [ "$(NODE_OK)" != yes ]; then echo "NOT CHECKED: the page was not built, there is no Node 20.19 or newer with npm. Install it and run 'make test-page'" | $(unseen); \
+	elif ! browser; then echo "NOT CHECKED: there is no Chromium to open the page in. 'apt-get install chromium' (as root), or name one: make test-page CHROMIUM=/path/to/chrome" | $(unseen); \
 	else cd web && timeout 2700 npm test --silent; fi
 
 # Prometheus's own tool, the system's or Debian's, unpacked beside our other tools.
@@ -185,25 +196,32 @@ test-alerts:
 		dpkg -x prometheus_*.deb promtool; rm -f prometheus_*.deb) >/dev/null 2>&1 || true; \
 	fi; \
 	if test -x $(PROMTOOL); then cd deploy/prometheus && $(PROMTOOL) check rules dmi.rules.yaml && $(PROMTOOL) test rules dmi.rules.test.yaml; \
-	else echo "NOT CHECKED: there is no promtool. Install Prometheus (Debian: apt-get install prometheus) and run 'make test-alerts'"; fi
+	else echo "NOT CHECKED: there is no promtool. Install Prometheus (Debian: apt-get install prometheus) and run 'make test-alerts'" | $(unseen); fi
 
-# The Python suites use a core each: side by side they take little longer than one.
-test: setup $(NEWEST)/.installed $(VLLM)/.installed
-	@$(MAKE) --no-print-directory lint vuln test-abi test-native test-go fuzz
-	@$(MAKE) --no-print-directory -j2 test-newest test-python
-	@$(MAKE) --no-print-directory test-vllm test-page test-alerts
+# Two parts at a time, of set-up and of tests, each as soon as what it needs is there; what one has to say comes in one piece when it is over.
+PARTS := test-abi test-go lint test-native test-python test-newest vuln test-vllm test-fuzz test-page test-alerts
+test:
+	@rm -f $(UNSEEN)
+	@$(MAKE) --no-print-directory -j2 --output-sync=target BESIDE=yes $(BUILT) $(PARTS)
+	$(call say,passed: $(PARTS))
+	@if [ -e $(UNSEEN) ]; then cat $(UNSEEN); fi
 
 # Every fuzz target that there is, for some inputs each: ring, segment, index block, manifest, catalogue, configuration, HTTP and others. What one finds lies in
-# testdata/fuzz of its package, and fails from then on in the Go tests as well. A count and not a time: when the time ends on a busy machine, Go 1.26 may report
-# its own "context deadline exceeded" as a failure (golang/go#75804).
-FUZZ ?= 200
+# testdata/fuzz of its package, and fails from then on in the Go tests as well, which run the seeds of every target. A count and not a time: when the time ends on a busy
+# machine, Go 1.26 may report its own "context deadline exceeded" as a failure (golang/go#75804).
+FUZZ    ?= 200
+FUZZ_IN ?= $(patsubst %/,%,$(wildcard */))
 fuzz:
-	$(call say,fuzz targets: $(FUZZ) inputs each)
-	@grep -rl '^func Fuzz' --include='*_test.go' $(wildcard */) | sort | while read -r file; do \
+	$(call say,fuzz targets in $(FUZZ_IN): $(FUZZ) inputs each)
+	@grep -rl '^func Fuzz' --include='*_test.go' $(FUZZ_IN) | sort | while read -r file; do \
 		for name in $$(sed -n 's/^func \(Fuzz[A-Za-z0-9]*\)(.*/\1/p' $$file); do \
 			echo "== $$(dirname $$file) $$name"; \
-			go test -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZ)x -parallel 2 ./$$(dirname $$file) | grep -v '^PASS'; \
+			go test -vet=off -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZ)x -parallel 2 ./$$(dirname $$file) | grep -v '^PASS'; \
 		done; done
+
+# Of what others write into shared memory and files: the targets that need few packages. Go compiles everything below a target anew for it, which takes minutes for the others.
+test-fuzz:
+	@$(MAKE) --no-print-directory fuzz FUZZ_IN='ring store/segment'
 
 # What `make test` does a seeded share of, in full, or the part SOAK of it. Each prints its seed and how far it has come.
 SOAK ?= 1
@@ -212,6 +230,8 @@ soak: setup $(VLLM)/.installed
 	go test -count=1 -timeout 12h -v ./test -full $(SOAK) $(if $(filter 1,$(SOAK)),-figures ../bench/results)
 	$(call say,a crash at every write, every byte damaged; disks that fail and hang by chance)
 	go test -count=1 -timeout 12h -v -run 'TestCrash|TestEveryFlippedBit|TestTruncated|TestRandomFaults|TestFirstOfTwo' ./store -crashes 0 -flips 0 -faults 100
+	$(call say,native tests with ten and twenty times the random steps)
+	$(PY) cuda/build.py --test --full
 	$(call say,random changes of the policy under a running model: 10000)
 	cd python && DMI_POLICY_CHANGES=10000 ../$(PY) -m pytest -s tests/test_policy_changes.py
 	$(call say,every family compiled by Inductor, in two dtypes; generate compiled in every order; compilers' caches on disk)
