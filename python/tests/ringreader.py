@@ -116,7 +116,7 @@ class RingReader:
         assert table.magic == _abi.TABLE_MAGIC and table.step == record.step
         size = ctypes.sizeof(_abi.SpanStruct)
         spans = [
-            _abi.SpanStruct.from_buffer_copy(self._map[at + ctypes.sizeof(_abi.TableStruct) + i * size :][:size])
+            _abi.SpanStruct.from_buffer_copy(self._map, at + ctypes.sizeof(_abi.TableStruct) + i * size)
             for i in range(table.spans)
         ]
         step = Step(record.step, spans, tuple(table.width), table.keys, record.sites)
