@@ -301,7 +301,7 @@ uint64_t step(World& w, std::mt19937_64& random, uint64_t number, uint64_t& owed
     group->meeting = &meetings[i];
     group->count = uint32_t(tensors.size());
     describe_group(*group, tensors.data(), 0, w.sites, kSites);
-    group->unit_bytes = 1024;
+    group->unit_shift = 10;
     told.push_back(std::move(group));
   }
   {

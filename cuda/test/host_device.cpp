@@ -95,7 +95,7 @@ class Host final : public Device {
     for (uint32_t done = 0; done < count; done += group->count) {
       group->count = std::min(count - done, kGroupTensors);
       describe_group(*group, tensors + done, ordinal_, sites, site_count);
-      group->unit_bytes = 64u << random_() % 6;
+      group->unit_shift = 6 + uint32_t(random_() % 6);
       launch(1 + uint32_t(random_() % 3), [&](HostBlock& block) { device::capture(block, *group, block.shared.scratch); });
     }
   }

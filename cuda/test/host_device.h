@@ -14,10 +14,11 @@
 namespace dmi::device {
 
 // A block of a launch. Its threads are as many as it takes for a race between them to show; each is a warp.
-constexpr uint32_t kBlockThreads = 2;
+constexpr uint32_t kBlockThreads = 4;
 
 struct Shared {
   std::barrier<> meet{kBlockThreads};
+  std::barrier<> pair[2] = {std::barrier<>(2), std::barrier<>(2)};
   Scratch scratch;
 };
 
@@ -33,6 +34,7 @@ struct HostBlock {
   uint32_t warp() const { return thread_; }
   uint32_t warps() const { return kBlockThreads; }
   void sync() const { shared.meet.arrive_and_wait(); }
+  void sync(uint32_t team, uint32_t warps) const { warps == kBlockThreads ? sync() : shared.pair[team].arrive_and_wait(); }
   template <typename T, typename Merge>
   T across(T value, Merge) const {
     return value;

@@ -24,7 +24,7 @@ static_assert(kThreads / 32 <= kMostWarps);
 constexpr uint64_t kAhead = 4;                    // steps that the host may be ahead of the device in complete mode
 constexpr uint32_t kMeetings = 4096;              // of eager launches, in turn: far more than a stream can hold
 constexpr uint32_t kGraphMeetings = 4096;         // allocated at a time, for launches that graphs keep
-constexpr uint32_t kMostGraphMeetings = 1 << 20;  // 64 MiB: a bound that only a mistake exceeds
+constexpr uint32_t kMostGraphMeetings = 1 << 20;  // 72 MiB: a bound that only a mistake exceeds
 
 void check(cudaError_t status, const char* what) {
   if (status != cudaSuccess) {
@@ -61,6 +61,11 @@ struct ThreadBlock {
   __device__ uint32_t index() const { return blockIdx.x; }
   __device__ uint32_t count() const { return gridDim.x; }
   __device__ void sync() const { __syncthreads(); }
+  // The warps of one of the teams of so many. Each has a barrier of its own, since some of a team's warps may come to its barrier while
+  // others are still at that of a smaller team; number 0 is that of all threads.
+  __device__ void sync(uint32_t team, uint32_t warps) const {
+    asm volatile("bar.sync %0, %1;" ::"r"(blockDim.x / 32 / warps + team), "r"(warps * 32) : "memory");
+  }
   __device__ uint32_t lane() const { return threadIdx.x % 32; }
   __device__ uint32_t lanes() const { return 32; }
   __device__ uint32_t warp() const { return threadIdx.x / 32; }
@@ -412,7 +417,7 @@ void Cuda::capture(const dmi_tensor* tensors, uint32_t count, const dmi_site* si
     group.count = std::min(count - done, kGroupTensors);
     group.meeting = meeting(keep);
     const uint64_t bytes = describe_group(group, tensors + done, ordinal_, sites, site_count);
-    const auto blocks = uint32_t(std::clamp<uint64_t>(bytes / group.unit_bytes + group.count, 1, blocks_));
+    const auto blocks = uint32_t(std::clamp<uint64_t>((bytes >> group.unit_shift) + group.count, 1, blocks_));
     capture_kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(on)>>>(group);
     check(cudaGetLastError(), "capture: launch");
   }

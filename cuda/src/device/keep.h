@@ -18,8 +18,8 @@ namespace dmi::device {
 template <typename Block, typename Visit>
 DMI_HD void each_counted(const Team<Block>& team, const Tensor& t, const Plan& p, const std::byte* row, const Counting& counts,
                          Visit visit) {
-  if (!usual(t, p, counts)) return each_number(t, p, row, counts, team.lane(), team.lanes(), visit);
-  each_wide<1>(t, p, row, team.lane(), team.lanes(), [&](uint32_t first, const auto& values) {
+  if (!usual(t, p)) return each_number(t, p, row, counts, team.lane(), team.lanes(), visit);
+  each_wide(t, p, row, team.lane(), team.lanes(), [&](uint32_t first, const auto& values) {
     constexpr uint32_t kEach = sizeof values / sizeof values[0];
 #ifdef __CUDA_ARCH__
 #pragma unroll
@@ -92,8 +92,9 @@ DMI_HD DMI_APART void watch_rows(Block& block, Rendezvous& meet, State& s, const
                                  uint32_t end) {
   const uint64_t bits = f.keeps[t.site].watch;
   const Space& list = f.space[t.space];
-  const Team<Block> team{block, meet, unit_rows(p, p.rows) == 1};
-  for (uint32_t row = begin + (team.whole ? 0 : block.warp()); row < end; row += team.whole ? 1 : block.warps()) {
+  const Team<Block> team(block, meet, team_shift(p, p.rows));
+  const uint32_t at_once = block.warps() / team.warps;
+  for (uint32_t row = begin + block.warp() / team.warps; row < end; row += at_once) {
     const std::byte* from = row_address(f, t, p, list, row);
     const Counting counts = counting(f, t, p, list, row);
     const uint64_t met = met_by_row(team, f, t, p, from, counts, bits);
@@ -107,7 +108,7 @@ DMI_HD inline Plan plan_watched(const Fixed& f, const Tensor& t) {
   p.fate = Fate::kOutside;
   if (t.site >= f.sites) return p;
   plan_source(p, f, t);
-  if (p.fate == Fate::kCapture) p.elements = p.row_bytes / t.element;
+  if (p.fate == Fate::kCapture) p.elements = p.row_bytes >> t.shift;
   const Gate gate = f.gates[t.site];
   p.selection = gate.selection;
   p.top = gate.top;
@@ -119,7 +120,7 @@ DMI_HD inline Plan plan_watched(const Fixed& f, const Tensor& t) {
 DMI_HD inline uint32_t watched_units(const Fixed& f, const Tensor& t, const Plan& p) {
   const bool complex = t.dtype == DMI_DTYPE_C64 || t.dtype == DMI_DTYPE_C128;
   if (p.fate != Fate::kCapture || complex || f.keeps[t.site].watch == 0) return 0;
-  return units_of(p.rows, unit_rows(p, p.rows));
+  return units_of(p.rows, unit_shift_of(p, p.rows));
 }
 
 // Holds the group's rows against the conditions. Says whether it is for this block to decide how they are captured: then all marks are
@@ -143,7 +144,7 @@ DMI_HD bool watch_group(Block& block, State& s, const Group& g, Scratch& x) {
     if (unit > units) return false;
     if (unit == units) break;
     while (x.unit[i + 1] <= unit) ++i;
-    const uint32_t rows = x.plan[i].rows, each = unit_rows(x.plan[i], rows), begin = (unit - x.unit[i]) * each;
+    const uint32_t rows = x.plan[i].rows, each = 1u << unit_shift_of(x.plan[i], rows), begin = (unit - x.unit[i]) * each;
     watch_rows(block, x.meet, s, f, x.tensor[i], x.plan[i], begin, rows - begin < each ? rows : begin + each);
     block.sync();
     // Release: the marks of this block. Acquire, for the one that decides, below.
@@ -248,10 +249,10 @@ DMI_HD inline Part part_of(const Fixed& f, const Tensor& t, const Plan& p, const
   return {&list, lot.first - lot.row, list.rows, lot.level, lot.row_bytes, 0};
 }
 
-DMI_HD inline uint32_t units_of(const Scratch& x, const Lot& lot, uint32_t unit_bytes) {
+DMI_HD inline uint32_t units_of(const Scratch& x, const Lot& lot, uint32_t unit_shift) {
   if (lot.row_bytes == 0) return 0;
   const Plan& p = x.plan[lot.tensor];
-  return part_units(p, part_of(x.fixed, x.tensor[lot.tensor], p, lot), lot.rows, unit_bytes);
+  return part_units(p, part_of(x.fixed, x.tensor[lot.tensor], p, lot), lot.rows, unit_shift);
 }
 
 // Calls visit(lot) for those of tensor i, of `lots`. What it changes of one stays.
@@ -405,7 +406,7 @@ DMI_HD DMI_APART bool divide(Block& block, State& s, const Group& g, Scratch& x)
     const uint64_t all = place_lots(block, g, x, lots, Lot::kOffered, needed);
     for (uint32_t i = block.thread(); i < g.count; i += block.threads()) {
       x.unit[i] = 0;
-      each_lot_of(x, lots, i, [&](const Lot& lot) { x.unit[i] += units_of(x, lot, g.unit_bytes); });
+      each_lot_of(x, lots, i, [&](const Lot& lot) { x.unit[i] += units_of(x, lot, g.unit_shift); });
     }
     block.sync();
     block.sum(x.unit, g.count);
@@ -413,7 +414,7 @@ DMI_HD DMI_APART bool divide(Block& block, State& s, const Group& g, Scratch& x)
       uint32_t next = x.unit[i];
       each_lot_of(x, lots, i, [&](Lot& lot) {
         lot.unit = next;
-        next += units_of(x, lot, g.unit_bytes);
+        next += units_of(x, lot, g.unit_shift);
       });
     }
     reserve_lots(block, s, x, m, lots, needed, all);
@@ -435,21 +436,21 @@ DMI_HD bool divided(Block& block, const Group& g) {
 // ------------------------------------------------------------------ capture
 // Unit `unit` of a lot, of which `granted` rows found room.
 template <typename Block>
-DMI_HD void move_lot(Block& block, Scratch& x, const Lot& lot, uint32_t granted, uint32_t unit, uint32_t unit_bytes, uint64_t base) {
+DMI_HD void move_lot(Block& block, Scratch& x, const Lot& lot, uint32_t granted, uint32_t unit, uint32_t unit_shift, uint64_t base) {
   const Fixed& f = x.fixed;
   const Tensor& t = x.tensor[lot.tensor];
   const Plan& p = x.plan[lot.tensor];
   const Part part = part_of(f, t, p, lot);
-  if (unit >= part_units(p, part, granted, unit_bytes)) return;
+  if (unit >= part_units(p, part, granted, unit_shift)) return;
   const Target to{f.payload, f.payload_bytes, base + lot.at};
   if (encoded(lot.level)) {
-    const uint32_t each = unit_rows(p, part.rows), begin = unit * each, end = granted - begin < each ? granted : begin + each;
+    const uint32_t each = 1u << unit_shift_of(p, part.rows), begin = unit * each, end = granted - begin < each ? granted : begin + each;
     compute_rows(block, x.meet, f, t, p, part, lot.row + begin, lot.row + end,
                  {to.ring, to.capacity, to.offset + uint64_t{begin} * lot.row_bytes});
   } else {
-    const uint64_t begin = uint64_t{unit} * unit_bytes, all = uint64_t{granted} * lot.row_bytes;
-    copy_stream(f, t, p, rows_of(t, p.outers, p.flat_stride, p.row_bytes, *part.list), lot.row, begin,
-                begin + unit_bytes < all ? begin + unit_bytes : all, to, block.thread(), block.threads());
+    const uint64_t begin = uint64_t{unit} << unit_shift, end = uint64_t{unit + 1} << unit_shift, all = uint64_t{granted} * lot.row_bytes;
+    copy_stream(f, t, p, rows_of(t, p.outers, p.flat_stride, p.row_bytes, *part.list), lot.row, begin, end < all ? end : all, to,
+                block.thread(), block.threads());
   }
 }
 
@@ -491,7 +492,7 @@ DMI_HD inline void say_lot(State& s, const Fixed& f, const Tensor& t, const Plan
     say_other(s, f, t, p, DMI_OUTCOME_DROPPED, DMI_REASON_RING_FULL, lot.first + granted, lot.rows - granted, slot, end);
 }
 
-// Makes the records of all lots visible, as say() does those of tensors. The last block, all its threads.
+// Makes the records of all lots visible, as say() and publish() do those of tensors. The last block, all its threads.
 template <typename Block>
 DMI_HD void say_lots(Block& block, State& s, const Group& g, Scratch& x, const Meeting& m, Lot* lots) {
   const Fixed& f = x.fixed;
@@ -624,7 +625,7 @@ DMI_HD DMI_APART void capture_lots(Block& block, State& s, const Group& g, Scrat
   if (block.thread() == 0) {
     const Lot& last = lots[m.lots - 1];
     x.record[g.count] = m.lots;
-    x.unit[g.count] = last.unit + units_of(x, last, g.unit_bytes);
+    x.unit[g.count] = last.unit + units_of(x, last, g.unit_shift);
   }
   block.sync();
   const uint32_t units = x.unit[g.count];
@@ -632,7 +633,7 @@ DMI_HD DMI_APART void capture_lots(Block& block, State& s, const Group& g, Scrat
     while (x.unit[i + 1] <= unit) ++i;
     uint32_t n = x.record[i];
     while (n + 1 < x.record[i + 1] && lots[n + 1].unit <= unit) ++n;
-    move_lot(block, x, lots[n], granted_of(lots[n], m.taken), unit - lots[n].unit, g.unit_bytes, m.base);
+    move_lot(block, x, lots[n], granted_of(lots[n], m.taken), unit - lots[n].unit, g.unit_shift, m.base);
   }
   block.sync();
   if (block.count() != 1) {

@@ -232,6 +232,7 @@ inline Tensor describe(const dmi_tensor& given, int ordinal, const dmi_site* sit
   const dmi_site& site = sites[given.site];
   t.space = site.space;
   t.element = uint8_t(dtype_bytes(given.dtype));
+  while (2u << t.shift <= t.element) ++t.shift;
   if (given.device != ordinal || t.element == 0 || given.ndim < 1 || given.ndim > DMI_MAX_DIMS ||
       (site.ndim != 0 && site.ndim != given.ndim))
     return t;
@@ -276,7 +277,7 @@ inline uint64_t describe_group(Group& group, const dmi_tensor* tensors, int ordi
     for (uint32_t d = 0; d < tensors[i].ndim; ++d) size *= uint64_t(tensors[i].size[d]);
     bytes += size;
   }
-  group.unit_bytes = bytes <= kSmallGroup ? kLargestUnit / 16 : bytes <= 16 * kSmallGroup ? kLargestUnit / 4 : kLargestUnit;
+  group.unit_shift = bytes <= kSmallGroup ? 13 : 15;
   return bytes;
 }
 

@@ -1,6 +1,6 @@
 // Levelled steps: the rows of a tensor that are wanted lie in parts, one for each level that some of them have, in row-list order. Rows of
-// a FULL part are copied; those of the others are computed, here, before they reach the ring. A warp has a row, or, where there are few and
-// they are long, a block has one.
+// a FULL part are copied; those of the others are computed, here, before they reach the ring, each by as many warps as keeps them all at
+// work for about as long.
 #pragma once
 
 #include "atomics.h"
@@ -41,22 +41,61 @@ DMI_HD void each_part(const Fixed& f, const Tensor& t, const Plan& p, Visit visi
   }
 }
 
-DMI_HD inline Plan plan_levelled(const Fixed& f, const Tensor& t) {
+constexpr uint32_t kWarpShift = 3;  // log2 of the warps of a block
+constexpr uint32_t kMostWarps = 1u << kWarpShift;
+constexpr uint32_t kWarpBytes = 6 << 10;  // of a row that a warp has alone
+
+// Log2 of the warps that compute a row together, of so many rows.
+DMI_HD inline uint32_t team_shift(const Plan& p, uint32_t rows) {
+  uint32_t shift = 0;
+  while (shift < kWarpShift && (p.row_bytes > kWarpBytes << shift || rows << shift < kMostWarps)) ++shift;
+  return shift;
+}
+
+// Log2 of the rows of a computed part that a block has at a time, which is a unit of work.
+DMI_HD inline uint32_t unit_shift_of(const Plan& p, uint32_t rows) { return kWarpShift - team_shift(p, rows); }
+
+// How many units of 1 << shift.
+DMI_HD inline uint32_t units_of(uint64_t all, uint32_t shift) { return uint32_t((all + (uint64_t{1} << shift) - 1) >> shift); }
+
+DMI_HD inline uint32_t part_units(const Plan& p, const Part& part, uint32_t rows, uint32_t unit_shift) {
+  return encoded(part.level) ? units_of(rows, unit_shift_of(p, part.rows)) : units_of(uint64_t{rows} * part.row_bytes, unit_shift);
+}
+
+// Rows as nearly all are: of a usual dtype, every element counts, and 16 bytes can be read at once.
+DMI_HD inline bool usual(const Tensor& t, const Plan& p) {
+  return p.vector == 16 && t.key >= t.inners && (t.dtype == DMI_DTYPE_BF16 || t.dtype == DMI_DTYPE_F16 || t.dtype == DMI_DTYPE_F32);
+}
+
+// `units`: of the work that all of it is.
+DMI_HD inline Plan plan_levelled(const Fixed& f, const Tensor& t, uint32_t unit_shift, uint32_t& units) {
   Plan p = plan_of(f, t);
+  units = 0;
   if (p.fate == Fate::kOff || p.fate == Fate::kOutside) return p;
   const Gate gate = f.gates[t.site];
   p.selection = gate.selection;
   p.top = gate.top;
-  p.elements = p.fate == Fate::kCapture ? p.row_bytes / t.element : 0;
+  p.elements = p.fate == Fate::kCapture ? p.row_bytes >> t.shift : 0;
   p.level = gate.level == DMI_LEVEL_SAMPLED ? uint8_t{DMI_LEVEL_FULL} : gate.level;
   const uint32_t all = p.rows;
   p.rows = 0;
   each_part(f, t, p, [&](const Part& part) {
     p.rows += part.rows;
     p.room = part.at + aligned(uint64_t{part.rows} * part.row_bytes);
+    if (p.fate == Fate::kCapture) units += part_units(p, part, part.rows, unit_shift);
+    p.reduced = part.level == DMI_LEVEL_STATS && part.first == 0 ? part.list : nullptr;
     return true;
   });
   p.off = all - p.rows;
+  if (p.reduced == nullptr) return p;
+  if (p.fate != Fate::kCapture || p.top != 0 || p.outers != 0 || !usual(t, p)) {
+    p.reduced = nullptr;
+    return p;
+  }
+  const Rows rows = rows_of(t, 0, p.flat_stride, p.row_bytes, *p.reduced);
+  p.linear = rows.linear;
+  p.first = rows.first;
+  p.team = uint8_t(team_shift(p, p.rows));
   return p;
 }
 
@@ -84,44 +123,36 @@ DMI_HD inline uint32_t granted_of(const Part& part, uint32_t granted) {
   return granted <= part.first ? 0 : granted - part.first < part.rows ? granted - part.first : part.rows;
 }
 
-constexpr uint32_t kMostWarps = 8;       // of a block
-constexpr uint32_t kLongRow = 64 << 10;  // bytes that would keep a warp too long
-
-// Rows of a computed part that a block has at a time, which is a unit of work: one for each of its warps, or one.
-DMI_HD inline uint32_t unit_rows(const Plan& p, uint32_t rows) { return rows < kMostWarps || p.row_bytes >= kLongRow ? 1 : kMostWarps; }
-
-DMI_HD inline uint32_t part_units(const Plan& p, const Part& part, uint32_t rows, uint32_t unit_bytes) {
-  if (!encoded(part.level)) return uint32_t((uint64_t{rows} * part.row_bytes + unit_bytes - 1) / unit_bytes);
-  const uint32_t each = unit_rows(p, part.rows);
-  return rows / each + (rows % each != 0 ? 1 : 0);
-}
-
-DMI_HD inline uint32_t levelled_units(const Fixed& f, const Tensor& t, const Plan& p, uint32_t granted, uint32_t unit_bytes) {
+DMI_HD inline uint32_t levelled_units(const Fixed& f, const Tensor& t, const Plan& p, uint32_t granted, uint32_t unit_shift) {
   uint32_t units = 0;
   if (p.fate != Fate::kCapture) return 0;
   each_part(f, t, p, [&](const Part& part) {
-    units += part_units(p, part, granted_of(part, granted), unit_bytes);
+    units += part_units(p, part, granted_of(part, granted), unit_shift);
     return true;
   });
   return units;
 }
 
 // ------------------------------------------------------------------ rows that are computed
-// Of the finite elements of a row, as far as some lanes have seen them. No default values: it lies in shared memory.
+// Of elements of a row, as far as some lanes have seen them. No default values: it lies in shared memory.
 struct Tally {
   double sum, squares;
   float least, greatest;  // what figures round them to; +-infinity while there are none
-  uint32_t finite, spare;
 
+  DMI_HD void add(float v, double d) {
+    sum += d;
+    squares += d * d;
+    least = fminf(least, v);
+    greatest = fmaxf(greatest, v);
+  }
   DMI_HD void merge(const Tally& o) {
     sum += o.sum;
     squares += o.squares;
     least = fminf(least, o.least);
     greatest = fmaxf(greatest, o.greatest);
-    finite += o.finite;
   }
-  // `count`: elements in all.
-  DMI_HD Sums sums(uint32_t count) const {
+  // Of so many finite elements, and so many in all.
+  DMI_HD Sums sums(uint32_t finite, uint32_t count) const {
     Sums sums;
     sums.sum = sum;
     sums.squares = squares;
@@ -132,7 +163,17 @@ struct Tally {
     return sums;
   }
 };
-DMI_HD inline Tally nothing() { return {0, 0, INFINITY, -INFINITY, 0, 0}; }
+DMI_HD inline Tally nothing() { return {0, 0, INFINITY, -INFINITY}; }
+
+// Of the finite ones.
+struct Finite {
+  Tally tally;
+  uint32_t count, spare;
+  DMI_HD void merge(const Finite& o) {
+    tally.merge(o.tally);
+    count += o.count;
+  }
+};
 
 // An element of a row, and where it stands.
 struct Standing {
@@ -145,34 +186,39 @@ struct Standing {
 // Behind all elements.
 DMI_HD inline Standing nowhere() { return {-INFINITY, kNoElement, 0}; }
 
-// Where the warps of a block meet over a row.
+// Where the warps that have a row together meet.
 struct Rendezvous {
   Tally tally[kMostWarps];
+  Finite finite[kMostWarps];
   Standing standing[kMostWarps];
   float most[kMostWarps];
   double number[kMostWarps];
 };
 
-// Lanes that have a row together: those of a warp, or of the block.
+// Warps of a block that have a row together, beside other such teams.
 template <typename Block>
 struct Team {
   Block& block;
   Rendezvous& meet;
-  bool whole;  // the block
+  uint32_t warps;
 
-  DMI_HD uint32_t lane() const { return whole ? block.thread() : block.lane(); }
-  DMI_HD uint32_t lanes() const { return whole ? block.threads() : block.lanes(); }
+  DMI_HD Team(Block& of, Rendezvous& at, uint32_t shift) : block(of), meet(at) {
+    warps = 1u << shift < of.warps() ? 1u << shift : of.warps();
+  }
+  DMI_HD uint32_t first() const { return block.warp() & ~(warps - 1); }  // of its warps
+  DMI_HD uint32_t lane() const { return (block.warp() & (warps - 1)) * block.lanes() + block.lane(); }
+  DMI_HD uint32_t lanes() const { return warps * block.lanes(); }
 
   // What merging those of all lanes gives, to all lanes.
   template <typename T, typename Merge>
   DMI_HD T all(T own, T* shared, Merge merge) const {
     own = block.across(own, merge);
-    if (!whole) return own;
+    if (warps == 1) return own;
     if (block.lane() == 0) shared[block.warp()] = own;
-    block.sync();
-    own = shared[0];
-    for (uint32_t warp = 1; warp < block.warps(); ++warp) merge(own, shared[warp]);
-    block.sync();
+    block.sync(first() / warps, warps);
+    own = shared[first()];
+    for (uint32_t warp = 1; warp < warps; ++warp) merge(own, shared[first() + warp]);
+    block.sync(first() / warps, warps);
     return own;
   }
 };
@@ -214,18 +260,22 @@ DMI_HD DMI_APART inline float float_at(const Tensor& t, const Plan& p, const std
   return element_of<float>(t.dtype, within_row(p, row, element * t.element));
 }
 
-// Rows as nearly all are: of a usual dtype, every element counts, and 16 bytes can be read at once.
-DMI_HD inline bool usual(const Tensor& t, const Plan& p, const Counting& counts) {
-  return p.vector == 16 && counts.length == 0 && (t.dtype == DMI_DTYPE_BF16 || t.dtype == DMI_DTYPE_F16 || t.dtype == DMI_DTYPE_F32);
-}
-
-// This lane's share of such a row, 16 bytes at a time: visit(which element is the first, an array of all of them). kBatch of them are read
-// before the first is looked at, where the row is in one piece. What is done for an element stands here 8 * kBatch times, and for each
-// dtype: it has to be little, or the processor waits for code and not for memory.
-template <uint32_t kBytes, uint32_t kBatch, typename Convert, typename Visit>
-DMI_HD void each_wide_of(const Plan& p, const std::byte* row, uint32_t lane, uint32_t lanes, Convert convert, Visit visit) {
+// This lane's share of such a row, 16 bytes at a time, of which read(i) gives the i-th: visit(which element is the first, an array of all
+// of them). kBatch of them are read at once, and the next ones are on their way while these are looked at. What is done for an element
+// stands here 8 * kBatch times, and for each dtype: it has to be little, or the processor waits for code and not for memory.
+template <uint32_t kBytes, uint32_t kBatch, typename Read, typename Convert, typename Visit>
+DMI_HD void each_wide_of(uint32_t wides, uint32_t lane, uint32_t lanes, Read read, Convert convert, Visit visit) {
   constexpr uint32_t kEach = 16 / kBytes;
-  const uint32_t wides = p.row_bytes / 16;
+  Wide ahead[kBatch];
+  auto fetch = [&](uint32_t first) {
+#ifdef __CUDA_ARCH__
+#pragma unroll
+#endif
+    for (uint32_t b = 0; b < kBatch; ++b) {
+      if (first + b * lanes < wides) ahead[b] = read(first + b * lanes);
+    }
+  };
+  fetch(lane);
 #ifdef __CUDA_ARCH__
 #pragma unroll 1
 #endif
@@ -234,11 +284,8 @@ DMI_HD void each_wide_of(const Plan& p, const std::byte* row, uint32_t lane, uin
 #ifdef __CUDA_ARCH__
 #pragma unroll
 #endif
-    for (uint32_t b = 0; b < kBatch; ++b) {
-      const uint32_t i = first + b * lanes;
-      if (i < wides)
-        moved[b] = *reinterpret_cast<const Wide*>(kBatch == 1 && p.outers != 0 ? within_strided_row(p, row, i * 16) : row + i * 16);
-    }
+    for (uint32_t b = 0; b < kBatch; ++b) moved[b] = ahead[b];
+    fetch(first + kBatch * lanes);
 #ifdef __CUDA_ARCH__
 #pragma unroll
 #endif
@@ -255,18 +302,28 @@ DMI_HD void each_wide_of(const Plan& p, const std::byte* row, uint32_t lane, uin
   }
 }
 
-template <uint32_t kBatch, typename Visit>
-DMI_HD void each_wide(const Tensor& t, const Plan& p, const std::byte* row, uint32_t lane, uint32_t lanes, Visit visit) {
-  if constexpr (kBatch != 1) {
-    if (p.outers != 0) return each_wide<1>(t, p, row, lane, lanes, visit);
-  }
-  if (t.dtype == DMI_DTYPE_BF16) {
-    each_wide_of<2, kBatch>(p, row, lane, lanes, [](const std::byte* at) { return bfloat(load_as<uint16_t>(at)); }, visit);
-  } else if (t.dtype == DMI_DTYPE_F16) {
-    each_wide_of<2, kBatch>(p, row, lane, lanes, [](const std::byte* at) { return half(load_as<uint16_t>(at)); }, visit);
+template <uint32_t kBatch, typename Read, typename Visit>
+DMI_HD void each_wide_of(uint8_t dtype, uint32_t wides, uint32_t lane, uint32_t lanes, Read read, Visit visit) {
+  if (dtype == DMI_DTYPE_BF16) {
+    each_wide_of<2, kBatch>(wides, lane, lanes, read, [](const std::byte* at) { return bfloat(load_as<uint16_t>(at)); }, visit);
+  } else if (dtype == DMI_DTYPE_F16) {
+    each_wide_of<2, kBatch>(wides, lane, lanes, read, [](const std::byte* at) { return half(load_as<uint16_t>(at)); }, visit);
   } else {
-    each_wide_of<4, kBatch>(p, row, lane, lanes, [](const std::byte* at) { return load_as<float>(at); }, visit);
+    each_wide_of<4, kBatch>(wides, lane, lanes, read, [](const std::byte* at) { return load_as<float>(at); }, visit);
   }
+}
+
+// Of a row in one piece.
+template <uint32_t kBatch, typename Visit>
+DMI_HD void each_wide_in_piece(uint8_t dtype, const std::byte* row, uint32_t bytes, uint32_t lane, uint32_t lanes, Visit visit) {
+  each_wide_of<kBatch>(dtype, bytes / 16, lane, lanes, [&](uint32_t i) { return reinterpret_cast<const Wide*>(row)[i]; }, visit);
+}
+
+// Of any usual row, for what is seldom done.
+template <typename Visit>
+DMI_HD void each_wide(const Tensor& t, const Plan& p, const std::byte* row, uint32_t lane, uint32_t lanes, Visit visit) {
+  auto read = [&](uint32_t i) { return *reinterpret_cast<const Wide*>(p.outers != 0 ? within_strided_row(p, row, i * 16) : row + i * 16); };
+  each_wide_of<1>(t.dtype, p.row_bytes / 16, lane, lanes, read, visit);
 }
 
 // Of any other row: visit(which element, its number) for each that counts.
@@ -299,46 +356,53 @@ struct Words {
 };
 
 // This lane's share of any row.
-DMI_HD DMI_APART inline Tally tally_any(const Tensor& t, const Plan& p, const std::byte* row, const Counting& counts, uint32_t lane,
-                                        uint32_t lanes) {
-  Tally seen = nothing();
+DMI_HD DMI_APART inline Finite tally_any(const Tensor& t, const Plan& p, const std::byte* row, const Counting& counts, uint32_t lane,
+                                         uint32_t lanes) {
+  Finite seen{nothing(), 0, 0};
   each_number(t, p, row, counts, lane, lanes, [&](uint32_t, double v) {
     if (!finite(v)) return;
-    seen.merge({v, v * v, float(v), float(v), 1, 0});
+    seen.tally.add(float(v), v);
+    ++seen.count;
   });
   return seen;
 }
 
-// Of a usual row whose elements are all finite; of others its sum is not.
-DMI_HD inline Tally tally_usual(const Tensor& t, const Plan& p, const std::byte* row, uint32_t lane, uint32_t lanes) {
+// Of a usual row in one piece whose elements are all finite; of others its sum is not.
+DMI_HD inline Tally tally_piece(uint8_t dtype, const std::byte* row, uint32_t bytes, uint32_t lane, uint32_t lanes) {
   Tally seen = nothing();
-  each_wide<kInFlight>(t, p, row, lane, lanes, [&](uint32_t, const auto& values) {
+  each_wide_in_piece<kInFlight>(dtype, row, bytes, lane, lanes, [&](uint32_t, const auto& values) {
     constexpr uint32_t kEach = sizeof values / sizeof values[0];
 #ifdef __CUDA_ARCH__
 #pragma unroll
 #endif
-    for (uint32_t k = 0; k < kEach; ++k) {
-      const double d = values[k];
-      seen.sum += d;
-      seen.squares += d * d;
-      seen.least = fminf(seen.least, values[k]);
-      seen.greatest = fmaxf(seen.greatest, values[k]);
-    }
-    seen.finite += kEach;
+    for (uint32_t k = 0; k < kEach; ++k) seen.add(values[k], values[k]);
   });
   return seen;
 }
 
 template <typename Block>
-DMI_HD void summarise_row(const Team<Block>& team, const Tensor& t, const Plan& p, const std::byte* row, const Counting& counts,
-                          const Words& to) {
-  auto all = [&](const Tally& own) { return team.all(own, team.meet.tally, [](Tally& a, const Tally& b) { a.merge(b); }); };
-  Tally seen;
-  seen.sum = NAN;
-  if (usual(t, p, counts)) seen = all(tally_usual(t, p, row, team.lane(), team.lanes()));
-  if (!finite(seen.sum)) seen = all(tally_any(t, p, row, counts, team.lane(), team.lanes()));
-  const Sums sums = seen.sums(counts.all(p.elements));
+DMI_HD void put_figures(const Team<Block>& team, const Sums& sums, const Words& to) {
   for (uint32_t i = team.lane(); i < DMI_STATS; i += team.lanes()) to.put(i, float(sums.figure(i)));
+}
+
+// Whatever elements it has.
+template <typename Block>
+DMI_HD void summarise_any(const Team<Block>& team, const Tensor& t, const Plan& p, const std::byte* row, const Counting& counts,
+                          const Words& to) {
+  const Finite seen =
+      team.all(tally_any(t, p, row, counts, team.lane(), team.lanes()), team.meet.finite, [](Finite& a, const Finite& b) { a.merge(b); });
+  put_figures(team, seen.tally.sums(seen.count, counts.all(p.elements)), to);
+}
+
+// Whether this was possible: not of a row whose elements are not all finite.
+template <typename Block>
+DMI_HD bool summarise_piece(const Team<Block>& team, uint8_t dtype, const std::byte* row, uint32_t bytes, uint32_t elements,
+                            const Words& to) {
+  const Tally seen =
+      team.all(tally_piece(dtype, row, bytes, team.lane(), team.lanes()), team.meet.tally, [](Tally& a, const Tally& b) { a.merge(b); });
+  if (!finite(seen.sum)) return false;
+  put_figures(team, seen.sums(elements, elements), to);
+  return true;
 }
 
 // The greatest finite elements of a row, one after the other: each is what stands first of those behind the one before, in a pass of its
@@ -357,8 +421,8 @@ DMI_HD DMI_APART void greatest_of_row(const Team<Block>& team, const Tensor& t, 
       if (finite(v) && stands_before(last.value, last.index, one.value, one.index)) first.merge(one);
     };
     if (n != 0 && last.index == kNoElement) {
-    } else if (usual(t, p, counts)) {
-      each_wide<1>(t, p, row, team.lane(), team.lanes(), [&](uint32_t at, const auto& values) {
+    } else if (usual(t, p)) {
+      each_wide(t, p, row, team.lane(), team.lanes(), [&](uint32_t at, const auto& values) {
         constexpr uint32_t kEach = sizeof values / sizeof values[0];
 #ifdef __CUDA_ARCH__
 #pragma unroll
@@ -384,20 +448,23 @@ template <typename Block>
 DMI_HD DMI_APART void quantise_row(const Team<Block>& team, const Tensor& t, const Plan& p, const std::byte* row, const Counting& counts,
                                    uint8_t level, const Words& to) {
   const uint32_t elements = p.elements;
-  const bool as_usual = usual(t, p, counts);
+  const bool as_usual = usual(t, p);
   float most = 0;
   auto look = [&](float v) {
     v = v < 0 ? -v : v;
     most = finite(v) && v > most ? v : most;
   };
-  if (as_usual) {
-    each_wide<kInFlight>(t, p, row, team.lane(), team.lanes(), [&](uint32_t, const auto& values) {
-      constexpr uint32_t kEach = sizeof values / sizeof values[0];
+  auto look_at_all = [&](uint32_t, const auto& values) {
+    constexpr uint32_t kEach = sizeof values / sizeof values[0];
 #ifdef __CUDA_ARCH__
 #pragma unroll
 #endif
-      for (uint32_t k = 0; k < kEach; ++k) look(values[k]);
-    });
+    for (uint32_t k = 0; k < kEach; ++k) look(values[k]);
+  };
+  if (as_usual && p.outers == 0) {
+    each_wide_in_piece<kInFlight>(t.dtype, row, p.row_bytes, team.lane(), team.lanes(), look_at_all);
+  } else if (as_usual) {
+    each_wide(t, p, row, team.lane(), team.lanes(), look_at_all);
   } else {
 #ifdef __CUDA_ARCH__
 #pragma unroll 1
@@ -411,7 +478,7 @@ DMI_HD DMI_APART void quantise_row(const Team<Block>& team, const Tensor& t, con
   if (team.lane() == 0) to.put(0, scale);
   // The second time the row is near.
   if (as_usual) {
-    each_wide<1>(t, p, row, team.lane(), team.lanes(), [&](uint32_t first, const auto& values) {
+    each_wide(t, p, row, team.lane(), team.lanes(), [&](uint32_t first, const auto& values) {
       constexpr uint32_t kEach = sizeof values / sizeof values[0];
 #ifdef __CUDA_ARCH__
 #pragma unroll
@@ -443,48 +510,79 @@ DMI_HD DMI_APART void quantise_row(const Team<Block>& team, const Tensor& t, con
   }
 }
 
+// Where the row `row` of a list is, and where its payload goes: behind that of row `begin`, which goes to the target's offset.
+DMI_HD inline Words words_of(const Target& to, uint64_t start, uint32_t row, uint32_t row_bytes) {
+  const uint64_t at = start + uint64_t{row} * row_bytes;
+  return {to.ring, to.capacity, at < to.capacity ? at : at - to.capacity};
+}
+
 // Rows [begin, end) of a part; row `begin` goes to the target's offset.
 template <typename Block>
 DMI_HD DMI_APART void compute_rows(Block& block, Rendezvous& meet, const Fixed& f, const Tensor& t, const Plan& p, const Part& part,
                                    uint32_t begin, uint32_t end, const Target& to) {
-  const Team<Block> team{block, meet, unit_rows(p, part.rows) == 1};
+  const Team<Block> team(block, meet, team_shift(p, part.rows));
   const uint64_t start = to.offset % to.capacity;
-  const Rows rows = rows_of(t, p.outers, p.flat_stride, p.row_bytes, *part.list);
-  for (uint32_t row = begin + (team.whole ? 0 : block.warp()); row < end; row += team.whole ? 1 : block.warps()) {
-    const std::byte* from = rows.linear ? t.data + rows.first + uint64_t{row} * p.row_bytes : row_address(f, t, p, *part.list, row);
+  const uint32_t at_once = block.warps() / team.warps;
+  for (uint32_t row = begin + block.warp() / team.warps; row < end; row += at_once) {
+    const std::byte* from = row_address(f, t, p, *part.list, row);
     const Counting counts = counting(f, t, p, *part.list, row);
-    const uint64_t at = start + uint64_t{row - begin} * part.row_bytes;
-    const Words words{to.ring, to.capacity, at < to.capacity ? at : at - to.capacity};
+    const Words words = words_of(to, start, row - begin, part.row_bytes);
     if (part.level != DMI_LEVEL_STATS) {
       quantise_row(team, t, p, from, counts, part.level, words);
-    } else {
-      summarise_row(team, t, p, from, counts, words);
-      if (p.top != 0) greatest_of_row(team, t, p, from, counts, words);
+      continue;
     }
+    if (!usual(t, p) || p.outers != 0 || !summarise_piece(team, t.dtype, from, p.row_bytes, p.elements, words))
+      summarise_any(team, t, p, from, counts, words);
+    if (p.top != 0) greatest_of_row(team, t, p, from, counts, words);
+  }
+}
+
+// Apart, and told no address of what its caller keeps in registers.
+template <typename Block>
+DMI_HD DMI_APART void summarise_apart(Block& block, Rendezvous& meet, const Tensor& t, const Plan& p, const std::byte* row, std::byte* ring,
+                                      uint64_t capacity, uint64_t at) {
+  summarise_any(Team<Block>(block, meet, p.team), t, p, row, {0, 0, 0}, {ring, capacity, at});
+}
+
+// Unit `unit` of a tensor whose rows are all reduced, of which so many found room; its payload begins at `start` of the ring. Not apart:
+// a call would save and restore more bytes than a row has.
+template <typename Block>
+DMI_HD void reduce_unit(Block& block, Rendezvous& meet, const Fixed& f, const Tensor& t, const Plan& p, uint32_t granted, uint32_t unit,
+                        uint64_t start) {
+  const Team<Block> team(block, meet, p.team);
+  const uint32_t each = kMostWarps >> p.team, at_once = block.warps() / team.warps, begin = unit * each;
+  const uint32_t end = granted - begin < each ? granted : begin + each;
+  for (uint32_t row = begin + block.warp() / team.warps; row < end; row += at_once) {
+    const std::byte* from = p.linear ? t.data + p.first + uint64_t{row} * p.row_bytes : row_address(f, t, p, *p.reduced, row);
+    uint64_t at = start + uint64_t{row} * DMI_STATS * sizeof(float);
+    if (at >= f.payload_bytes) at -= f.payload_bytes;
+    if (!summarise_piece(team, t.dtype, from, p.row_bytes, p.elements, {f.payload, f.payload_bytes, at}))
+      summarise_apart(block, meet, t, p, from, f.payload, f.payload_bytes, at);
   }
 }
 
 // Unit `unit` of what was granted of a tensor whose payload begins at `to`.
 template <typename Block>
-DMI_HD void move_unit(Block& block, Rendezvous& meet, const Fixed& f, const Tensor& t, const Plan& p, uint32_t granted, uint32_t unit,
-                      uint32_t unit_bytes, const Target& to) {
-  each_part(f, t, p, [&](const Part& part) {
-    const uint32_t rows = granted_of(part, granted), units = part_units(p, part, rows, unit_bytes);
-    if (unit >= units) {
-      unit -= units;
-      return true;
-    }
-    const Target at{to.ring, to.capacity, to.offset + part.at};
-    if (encoded(part.level)) {
-      const uint32_t each = unit_rows(p, part.rows), begin = unit * each, end = rows - begin < each ? rows : begin + each;
-      compute_rows(block, meet, f, t, p, part, begin, end, {at.ring, at.capacity, at.offset + uint64_t{begin} * part.row_bytes});
-    } else {
-      const uint64_t begin = uint64_t{unit} * unit_bytes, all = uint64_t{rows} * part.row_bytes;
-      copy_stream(f, t, p, rows_of(t, p.outers, p.flat_stride, p.row_bytes, *part.list), 0, begin,
-                  begin + unit_bytes < all ? begin + unit_bytes : all, at, block.thread(), block.threads());
-    }
-    return false;
+DMI_HD DMI_APART void move_unit(Block& block, Rendezvous& meet, const Fixed& f, const Tensor& t, const Plan& p, uint32_t granted,
+                                uint32_t unit, uint32_t unit_shift, const Target& to) {
+  Part part{};
+  uint32_t rows = 0;
+  each_part(f, t, p, [&](const Part& each) {
+    part = each;
+    rows = granted_of(part, granted);
+    const uint32_t units = part_units(p, part, rows, unit_shift);
+    if (unit < units) return false;
+    unit -= units;
+    return true;
   });
+  const uint64_t offset = to.offset + part.at;
+  if (!encoded(part.level)) {
+    const uint64_t begin = uint64_t{unit} << unit_shift, end = uint64_t{unit + 1} << unit_shift, all = uint64_t{rows} * part.row_bytes;
+    return copy_stream(f, t, p, rows_of(t, p.outers, p.flat_stride, p.row_bytes, *part.list), 0, begin, end < all ? end : all,
+                       {to.ring, to.capacity, offset}, block.thread(), block.threads());
+  }
+  const uint32_t each = 1u << unit_shift_of(p, part.rows), begin = unit * each, end = rows - begin < each ? rows : begin + each;
+  compute_rows(block, meet, f, t, p, part, begin, end, {to.ring, to.capacity, offset + uint64_t{begin} * part.row_bytes});
 }
 
 }  // namespace dmi::device

@@ -1,7 +1,7 @@
 // Ring² from the device's side: what the launches that open a step, capture a group and close the step do. A block's threads run each
-// function together; `Block` gives thread(), threads(), index(), count(), sync(), load(): a copy, sum(): exclusive prefix sums of up to
-// kGroupTensors numbers, the total in the place behind them or returned, and of a thread's warp lane(), lanes(), warp(), warps() and
-// across(): what merging a value of all its lanes gives. No block waits for one that may not have started.
+// function together; `Block` gives thread(), threads(), index(), count(), sync(), also of some warps, load(): a copy, sum(): exclusive
+// prefix sums of up to kGroupTensors numbers, the total in the place behind them or returned, and of a thread's warp lane(), lanes(),
+// warp(), warps() and across(): what merging a value of all its lanes gives. No block waits for one that may not have started.
 //
 // What is done is decided when it runs, by what the step's open launch wrote: a graph that was recorded long ago follows a change of gates
 // at its next replay. Steps whose rows are all FULL or OFF, site by site, go the short way; the others (kLevelled) that of parts.h; those
@@ -35,6 +35,7 @@ struct Scratch {
   Tensor tensor[kGroupTensors];
   Plan plan[kGroupTensors];
   uint64_t at[kGroupTensors];          // offset of the tensor's bytes in the payload ring
+  uint64_t start[kGroupTensors];       // and where that is in it
   uint32_t granted[kGroupTensors];     // rows that found room
   uint32_t unit[kGroupTensors + 1];    // units of copying before the tensor's
   uint32_t record[kGroupTensors + 1];  // records before the tensor's
@@ -313,7 +314,6 @@ DMI_HD uint64_t room_of(const Plan& p) {
   if (p.fate != Fate::kCapture) return 0;
   return kLevelled ? p.room : aligned(stream_bytes(p));
 }
-DMI_HD inline uint32_t units_of(uint64_t bytes, uint32_t unit) { return uint32_t((bytes + unit - 1) / unit); }
 
 // Records that a tensor gets now: one for what was captured, or for why it was not, one for rows that found no room for good.
 template <bool kLevelled>
@@ -394,6 +394,13 @@ DMI_HD void reserve(State& s, const Group& g, const Scratch& x, Meeting& m) {
   m.rows = rows;
 }
 
+// What the others need to know is there.
+template <typename Block>
+DMI_HD void reserved(Block& block, Meeting& m) {
+  m.first = block.index();
+  if (block.count() != 1) store_release_gpu<uint32_t>(m.ready, 1);  // pairs with their acquire
+}
+
 // After the others know the reservation: what each tensor has of it. By all threads; x.at and x.unit hold what the whole would need.
 template <bool kLevelled, typename Block>
 DMI_HD void share_out(Block& block, const Group& g, Scratch& x, const Meeting& m) {
@@ -401,13 +408,14 @@ DMI_HD void share_out(Block& block, const Group& g, Scratch& x, const Meeting& m
   const uint32_t whole = m.whole, rows = m.rows;
   for (uint32_t i = block.thread(); i < g.count; i += block.threads()) {
     x.at[i] += base;
+    x.start[i] = x.at[i] % x.fixed.payload_bytes;
     x.granted[i] = x.plan[i].fate != Fate::kCapture || i > whole ? 0 : i < whole ? x.plan[i].rows : rows;
   }
   if (whole == g.count) return;
   block.sync();
   for (uint32_t i = block.thread(); i < g.count; i += block.threads())
-    x.unit[i] = kLevelled ? levelled_units(x.fixed, x.tensor[i], x.plan[i], x.granted[i], g.unit_bytes)
-                          : units_of(uint64_t{x.granted[i]} * x.plan[i].row_bytes, g.unit_bytes);
+    x.unit[i] = kLevelled ? levelled_units(x.fixed, x.tensor[i], x.plan[i], x.granted[i], g.unit_shift)
+                          : units_of(uint64_t{x.granted[i]} * x.plan[i].row_bytes, g.unit_shift);
   block.sync();
   block.sum(x.unit, g.count);
 }
@@ -529,16 +537,18 @@ DMI_HD void say_tensor(State& s, const Fixed& f, const Tensor& t, const Plan& p,
   if (kLevelled && p.off != 0) say_other(s, f, t, p, DMI_OUTCOME_SKIPPED, DMI_REASON_POLICY, p.rows, p.off, slot, end);
 }
 
-// Makes the records of what was captured at once, and of what will not be, visible. The last block, all its threads.
+// The records of what is captured at once, and of what will not be, but for what makes them visible. By one block, all its threads: where
+// all found room the one that reserved, while the others are at work; else the last one.
 template <bool kLevelled, typename Block>
-DMI_HD void say(Block& block, State& s, const Group& g, Scratch& x, const Meeting& m) {
+DMI_HD DMI_APART void say(Block& block, State& s, const Group& g, Scratch& x, Meeting& m) {
   const Fixed& f = x.fixed;
   const bool plain = x.plain != 0 && m.whole == g.count;
   const uint64_t first = plain ? m.slot : find_slots<kLevelled>(block, s, g, x, m);
-  const uint32_t records = plain ? g.count : x.record[g.count];
   if (block.thread() == 0) {
-    count(s.captures, records);
-    count(s.counters.records, records);
+    m.slot = first;
+    m.records = plain ? g.count : x.record[g.count];
+    count(s.captures, m.records);
+    count(s.counters.records, m.records);
   }
   for (uint32_t i = block.thread(); i < g.count; i += block.threads()) {
     const Tensor& t = x.tensor[i];
@@ -550,11 +560,18 @@ DMI_HD void say(Block& block, State& s, const Group& g, Scratch& x, const Meetin
     const bool later = f.complete != 0 && p.fate == Fate::kCapture && x.granted[i] < p.rows;
     const uint32_t kept = later && x.own[i] > given ? x.own[i] - given : 0;
     count(s.aside, 0 - uint64_t{x.own[i] - kept});
-    if (t.site < f.sites && x.own[i] != 0) f.left[t.site] = 0;
     x.own[i] = uint8_t(kept);
   }
-  block.sync();
-  for (uint32_t r = block.thread(); r < records; r += block.threads()) publish_slot(f, first + r);
+}
+
+// Makes them visible. The last block, all its threads.
+template <typename Block>
+DMI_HD void publish(Block& block, const Group& g, const Scratch& x, const Meeting& m) {
+  const Fixed& f = x.fixed;
+  for (uint32_t r = block.thread(); r < m.records; r += block.threads()) publish_slot(f, m.slot + r);
+  for (uint32_t i = block.thread(); i < g.count; i += block.threads()) {
+    if (x.tensor[i].site < f.sites) f.left[x.tensor[i].site] = 0;  // others of this launch have read it
+  }
 }
 
 // ------------------------------------------------------------------ complete mode's way, for what found no room at once
@@ -679,6 +696,37 @@ DMI_HD inline void wait_until_ready(Meeting& m) {
   for (uint32_t pause = 20; load_acquire_gpu(m.ready) == 0; pause = pause < 500 ? pause * 2 : pause) pause_ns(pause);
 }
 
+// Which of the tensors from `first` on has a unit of the group.
+DMI_HD inline uint32_t whose(const Scratch& x, uint32_t first, uint32_t count, uint32_t unit) {
+  uint32_t low = first;
+  for (uint32_t high = count; high - low > 1;) {
+    const uint32_t middle = (low + high) / 2;
+    if (x.unit[middle] <= unit) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+// Units come in turn, beginning behind the block that reserved, which has the fewest, as it has the records to write.
+template <typename Block>
+DMI_HD uint32_t first_unit(const Block& block, const Meeting& m) {
+  return block.index() - m.first - 1 + (block.index() <= m.first ? block.count() : 0);
+}
+
+// This block's units of tensors whose rows are all reduced. Apart, so that it has the registers for it.
+template <typename Block>
+DMI_HD DMI_APART void reduce_units(Block& block, Scratch& x, uint32_t count, uint32_t first) {
+  const uint32_t units = x.unit[count], step = block.count();
+  for (uint32_t unit = first, i = 0; unit < units; unit += step) {
+    i = whose(x, i, count, unit);
+    const Plan& p = x.plan[i];
+    if (p.reduced != nullptr) reduce_unit(block, x.meet, x.fixed, x.tensor[i], p, x.granted[i], unit - x.unit[i], x.start[i]);
+  }
+}
+
 // By all blocks of the launch.
 template <bool kLevelled, typename Block>
 DMI_HD void capture_group(Block& block, State& s, const Group& g, Scratch& x) {
@@ -688,10 +736,13 @@ DMI_HD void capture_group(Block& block, State& s, const Group& g, Scratch& x) {
   for (uint32_t i = block.thread(); i < g.count; i += block.threads()) {
     const Tensor& t = x.tensor[i];
     x.own[i] = t.site < f.sites ? f.left[t.site] : 0;
-    x.plan[i] = kLevelled ? plan_levelled(f, t) : plan_of(f, t);
+    if constexpr (kLevelled) {
+      x.plan[i] = plan_levelled(f, t, g.unit_shift, x.unit[i]);
+    } else {
+      x.plan[i] = plan_of(f, t);
+      x.unit[i] = units_of(x.plan[i].fate == Fate::kCapture ? stream_bytes(x.plan[i]) : 0, g.unit_shift);
+    }
     x.at[i] = room_of<kLevelled>(x.plan[i]);
-    x.unit[i] = kLevelled ? levelled_units(f, t, x.plan[i], x.plan[i].rows, g.unit_bytes)
-                          : units_of(x.plan[i].fate == Fate::kCapture ? stream_bytes(x.plan[i]) : 0, g.unit_bytes);
     // Groups list their sites in order, as a rule: then none is there twice.
     if (x.own[i] == 0 || (i != 0 && x.tensor[i - 1].site >= t.site)) store_relaxed_gpu<uint32_t>(x.plain, 0);
     if (kLevelled && x.plan[i].selection != 0) store_relaxed_gpu<uint32_t>(x.plain, 0);
@@ -704,7 +755,7 @@ DMI_HD void capture_group(Block& block, State& s, const Group& g, Scratch& x) {
   if (block.thread() == 0) {
     if (block.count() == 1 || add_relaxed_gpu<uint32_t>(m.arrived, 1) == 0) {
       reserve<kLevelled>(s, g, x, m);
-      if (block.count() != 1) store_release_gpu<uint32_t>(m.ready, 1);  // pairs with the acquire of the others
+      reserved(block, m);
     } else {
       wait_until_ready(m);
     }
@@ -712,28 +763,33 @@ DMI_HD void capture_group(Block& block, State& s, const Group& g, Scratch& x) {
   block.sync();
   share_out<kLevelled>(block, g, x, m);
   block.sync();
-  const uint32_t units = x.unit[g.count];
-  for (uint32_t unit = block.index(), i = 0; unit < units; unit += block.count()) {
-    while (x.unit[i + 1] <= unit) ++i;
+  const bool all = m.whole == g.count;
+  if (all && m.first == block.index()) say<kLevelled>(block, s, g, x, m);
+  const uint32_t units = x.unit[g.count], first = first_unit(block, m);
+  if constexpr (kLevelled) reduce_units(block, x, g.count, first);
+  for (uint32_t unit = first, i = 0; unit < units; unit += block.count()) {
+    i = whose(x, i, g.count, unit);
+    const Tensor& t = x.tensor[i];
     const Plan& p = x.plan[i];
-    const Target to{f.payload, f.payload_bytes, x.at[i]};
+    const Target to{f.payload, f.payload_bytes, x.start[i]};
+    const uint32_t n = unit - x.unit[i];
     if constexpr (kLevelled) {
-      move_unit(block, x.meet, f, x.tensor[i], p, x.granted[i], unit - x.unit[i], g.unit_bytes, to);
+      if (p.reduced == nullptr) move_unit(block, x.meet, f, t, p, x.granted[i], n, g.unit_shift, to);
     } else {
-      const uint64_t begin = uint64_t{unit - x.unit[i]} * g.unit_bytes, all = uint64_t{x.granted[i]} * p.row_bytes;
-      const uint64_t end = begin + g.unit_bytes < all ? begin + g.unit_bytes : all;
-      copy_stream(f, x.tensor[i], p, all_rows(f, x.tensor[i], p), 0, begin, end, to, block.thread(), block.threads());
+      const uint64_t begin = uint64_t{n} << g.unit_shift, end = uint64_t{n + 1} << g.unit_shift, of = uint64_t{x.granted[i]} * p.row_bytes;
+      copy_stream(f, t, p, all_rows(f, t, p), 0, begin, end < of ? end : of, to, block.thread(), block.threads());
     }
   }
   block.sync();
   if (block.count() != 1) {
-    // Release: what this block copied. Acquire, for the last: what all others did.
+    // Release: what this block copied, and the records that it wrote. Acquire, for the last: what all others did.
     if (block.thread() == 0) x.last = add_acq_rel_gpu<uint32_t>(m.done, 1) + 1 == block.count();
     block.sync();
     if (!x.last) return;
   }
-  const bool all = m.whole == g.count;
-  say<kLevelled>(block, s, g, x, m);
+  if (!all) say<kLevelled>(block, s, g, x, m);
+  block.sync();
+  publish(block, g, x, m);
   if (f.complete != 0 && !all) {
     block.sync();
     for (uint32_t i = 0; i < g.count; ++i) {

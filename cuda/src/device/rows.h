@@ -30,6 +30,10 @@ struct Plan {
   uint16_t selection;
   uint8_t level;  // of all rows, where selection is 0
   uint8_t top;    // of rows at STATS: greatest elements
+  uint8_t team;   // log2 of the warps that have a row together, where `reduced` is there
+  // The rows that are wanted, where all are reduced to figures and can be read in the usual way; linear and first are then theirs. Else
+  // null.
+  const Space* reduced;
 };
 
 // Rows of a source: those of a step's space, or those of them at one level.

@@ -99,7 +99,7 @@ struct alignas(16) Tensor {
   uint8_t inners;  // other dimensions, outermost first
   uint8_t key;     // which of them counts keys; kInnerDims: none
   uint8_t vector;  // bytes that can be moved at once, by what does not depend on the step
-  uint8_t spare;
+  uint8_t shift;   // element is 1 << shift
   uint32_t size[kInnerDims];
   uint32_t row_bytes;           // where a row is one contiguous piece whatever the step; else 0
   uint64_t stride[kInnerDims];  // bytes
@@ -124,17 +124,19 @@ static_assert(sizeof(Lot) == 40);
 // Where the blocks of one launch meet. Zero between launches.
 struct Meeting {
   uint32_t arrived, ready, done;
-  uint32_t more;   // whether tensors may have more records than were set aside for their sites
-  uint64_t base;   // payload offset of the group
-  uint64_t slot;   // its first record
-  uint32_t whole;  // tensors that were granted room whole
-  uint32_t rows;   // of the next one
+  uint32_t more;     // whether tensors may have more records than were set aside for their sites
+  uint64_t base;     // payload offset of the group
+  uint64_t slot;     // its first record
+  uint32_t whole;    // tensors that were granted room whole
+  uint32_t rows;     // of the next one
+  uint32_t first;    // the block that reserved
+  uint32_t records;  // of the group
   // Of watched steps.
   uint32_t claimed, watched;  // units of rows that were taken up; that were held against the conditions
   uint32_t lots, lots_at;     // in Fixed::lots; none where the group goes the levelled way
   uint64_t taken;             // bytes that the lots have, behind `base`
 };
-static_assert(sizeof(Meeting) == 64);
+static_assert(sizeof(Meeting) == 72);
 
 struct State;
 
@@ -142,7 +144,7 @@ struct alignas(16) Group {
   State* state;
   Meeting* meeting;
   uint32_t count;
-  uint32_t unit_bytes;  // what a block copies at a time: a power of two
+  uint32_t unit_shift;  // a block copies 1 << unit_shift bytes at a time
   Tensor tensor[kGroupTensors];
 };
 static_assert(sizeof(Group) <= 32764, "kernel parameters");
