@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-GROUP_BYTES = 64 << 20
+GROUP_BYTES = 128 << 20
 """Bytes that a group may keep alive; at the bound what is there is captured and a new group begins."""
-ENOUGH_BYTES = {"cpu": 0, "cuda": 32 << 20}
+ENOUGH_BYTES = {"cpu": 0, "cuda": 64 << 20}
 """Bytes that end a group at the end of a block: a copy of so many takes longer than a launch."""
+LAUNCH_TENSORS = 128
+"""Tensors that a launch takes: a group ends where the next block's would need another one."""
 ENOUGH_TRACED = 16
 """In compiled code, where sizes would become guards: tensors that end a group at the end of a block."""
 
@@ -66,6 +68,8 @@ class Collector:
         self.groups: list[Group] = []
         self.places: list[int] = []
         self.held_bytes = 0
+        self.block_begun = 0
+        """Tensors that waited when the block began."""
         self.whole = False
         """Whether the forward is traced as a whole, so that a group may go on into the next block. Where blocks are compiled one by
         one, each has to begin with nothing waiting, or no two would be compiled alike."""
@@ -86,8 +90,10 @@ class Collector:
         if traced:
             if not self.whole or self.enough_bytes == 0 or len(self.tensors) >= ENOUGH_TRACED:
                 self.flush()
-        elif self.held_bytes >= self.enough_bytes:
+            return
+        if self.held_bytes >= self.enough_bytes or 2 * len(self.tensors) - self.block_begun > LAUNCH_TENSORS:
             self.flush()
+        self.block_begun = len(self.tensors)
 
     def flush(self) -> None:
         """Capture what waits. At the latest when the step closes."""
@@ -112,7 +118,7 @@ class Collector:
         self.tensors.clear()
         self.groups.clear()
         self.places.clear()
-        self.held_bytes = 0
+        self.held_bytes = self.block_begun = 0
 
 
 class Group:
