@@ -225,7 +225,7 @@ test-fuzz:
 
 # What `make test` does a seeded share of, in full, or the part SOAK of it. Each prints its seed and how far it has come.
 SOAK ?= 1
-soak: setup $(VLLM)/.installed
+soak: setup $(NEWEST)/.installed $(VLLM)/.installed
 	$(call say,kills of engine, producer and compaction; the books of random traffic and faults: $(SOAK) of the published counts)
 	go test -count=1 -timeout 12h -v ./test -full $(SOAK) $(if $(filter 1,$(SOAK)),-figures ../bench/results)
 	$(call say,a crash at every write, every byte damaged; disks that fail and hang by chance)
@@ -234,7 +234,8 @@ soak: setup $(VLLM)/.installed
 	$(PY) cuda/build.py --test --full
 	$(call say,random changes of the policy under a running model: 10000)
 	cd python && DMI_POLICY_CHANGES=10000 ../$(PY) -m pytest -s tests/test_policy_changes.py
-	$(call say,every family compiled by Inductor, in two dtypes; generate compiled in every order; compilers' caches on disk)
+	$(call say,every family compiled by Dynamo and by Inductor, in two dtypes; generate compiled in every order; compilers' caches on disk)
+	for python in $(PY) $(PYNEW); do (cd python && DMI_TEST_FULL=1 ../$$python -m pytest tests/test_compile.py); done
 	cd python && DMI_TEST_FULL=1 ../$(PY) -m pytest tests/test_inductor.py tests/test_generate_compiled.py tests/test_compile_caches.py -k 'not reduce-overhead'
 	$(call say,continuous batching: every family and load: 12000 requests)
 	cd python && DMI_TEST_FULL=1 DMI_BATCHING_REQUESTS=500 ../$(PY) -m pytest tests/test_continuous_batching.py
