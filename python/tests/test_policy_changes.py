@@ -351,13 +351,23 @@ def test_what_triggers_keep_while_overload_lowers_rules(tmp_path: Path) -> None:
         document_of = {number: since[revision["document"]] for number, revision in revisions.items() if revision["document"] in since}
         for number, revision in revisions.items():
             assert in_order(document_of[number], revision["lowered"]), (revision, document_of[number])
+        books = session.coverage()
+        dropped = sum(books["outcomes"].get("dropped", {}).values())  # by a ring that a busy machine's engine did not empty in time: then these rows are on the books, and of no level
         seen: dict[tuple[str, bool], int] = {}
         others = [name for name in requests if name not in set(under)]
         for request in under + choose.sample(others, min(len(others), 200)):
             prompt, values = requests[request]
             cache = session.cache(request=request)
+            try:
+                ranges = {site: cache.coverage(site)["ranges"] for site in SITES}
+            except dmi.NotCapturedError:
+                assert dropped, request
+                continue
             for index, site in enumerate(SITES):
-                for r in cache.coverage(site)["ranges"]:
+                for r in ranges[site]:
+                    if r["outcome"] == "dropped":
+                        assert dropped, (request, r)
+                        continue
                     document, down = document_of[r["policy"]], revisions[r["policy"]]["lowered"]
                     step = r.get("stride", 1)
                     for position in range(r["first"], r["first"] + r["count"] * step, step):
@@ -375,7 +385,6 @@ def test_what_triggers_keep_while_overload_lowers_rules(tmp_path: Path) -> None:
                                 cache.get(site, tokens=one)
                         if want in ("int8", "fp8"):
                             assert near(cache.get(site, tokens=one, level="any")[0], row, want), (request, site, position)
-        books = session.coverage()
         print(f"{len(documents)} documents, {len(revisions)} revisions, {len(requests)} requests; rows by level, and whether something was lowered: {seen}")
     assert balanced(books)
     assert seen[("by trigger", True)] > 0 and sum(n for (how, down), n in seen.items() if down and how in ("fp8", "stats", "")) > 0

@@ -471,9 +471,9 @@ DMI_HD inline dmi_record other_record(const Fixed& f, const Tensor& t, dmi_outco
   return r;
 }
 
-// The slots of groups that are not as they mostly are. By all threads; gives x.record, and the first slot.
+// The slots of groups that are not as they mostly are. By all threads; gives x.record, and m.slot.
 template <bool kLevelled, typename Block>
-DMI_HD uint64_t find_slots(Block& block, State& s, const Group& g, Scratch& x, const Meeting& m) {
+DMI_HD void find_slots(Block& block, State& s, const Group& g, Scratch& x, Meeting& m) {
   for (uint32_t i = block.thread(); i < g.count; i += block.threads()) {
     if (!has_records(x, i)) x.own[i] = 0;  // fired twice in a group: the first has what was set aside
     const uint32_t wanted = records_of<kLevelled>(x.fixed, x.tensor[i], x.plan[i], x.granted[i]);
@@ -482,9 +482,8 @@ DMI_HD uint64_t find_slots(Block& block, State& s, const Group& g, Scratch& x, c
   }
   block.sync();
   block.sum(x.record, g.count);
-  if (block.thread() == 0) x.slot = take_slots(s, x.record[g.count]);
+  if (block.thread() == 0) m.slot = take_slots(s, x.record[g.count]);
   block.sync();
-  return x.slot;
 }
 
 // A record for rows of a tensor that are not captured, in the next of its slots, if one is left.
@@ -543,9 +542,8 @@ template <bool kLevelled, typename Block>
 DMI_HD DMI_APART void say(Block& block, State& s, const Group& g, Scratch& x, Meeting& m) {
   const Fixed& f = x.fixed;
   const bool plain = x.plain != 0 && m.whole == g.count;
-  const uint64_t first = plain ? m.slot : find_slots<kLevelled>(block, s, g, x, m);
+  if (!plain) find_slots<kLevelled>(block, s, g, x, m);
   if (block.thread() == 0) {
-    m.slot = first;
     m.records = plain ? g.count : x.record[g.count];
     count(s.captures, m.records);
     count(s.counters.records, m.records);
@@ -554,7 +552,7 @@ DMI_HD DMI_APART void say(Block& block, State& s, const Group& g, Scratch& x, Me
     const Tensor& t = x.tensor[i];
     const Plan& p = x.plan[i];
     const uint32_t given = plain ? 1 : x.record[i + 1] - x.record[i];
-    const uint64_t slot = first + (plain ? i : x.record[i]);
+    const uint64_t slot = m.slot + (plain ? i : x.record[i]);
     say_tensor<kLevelled>(s, f, t, p, x.granted[i], x.at[i], slot, slot + given);
     // What the site did not need is free for others, unless the rest of it is still to come.
     const bool later = f.complete != 0 && p.fate == Fate::kCapture && x.granted[i] < p.rows;
