@@ -1,8 +1,16 @@
-// What a launch that captures a group does, by whichever of three ways the step needs. All blocks, and all their threads.
+// Ring² from the device's side: what the launches that open a step (step.h), capture a group and close the step do. A block's threads run
+// function together; `Block` gives thread(), threads(), index(), count(), sync(), also of some warps, load(): a copy, sum(): exclusive
+// prefix sums of up to kGroupTensors numbers, the total in the place behind them or returned, and of a thread's warp lane(), lanes(),
+// warp(), warps() and across(): what merging a value of all its lanes gives. No block waits for one that may not have started.
+//
+// What is done is decided when it runs, by what the step's open launch wrote: a graph that was recorded long ago follows a change of gates
+// at its next replay. Steps whose rows are all FULL or OFF, site by site, go the short way (group.h); the others (kLevelled) that of
+// parts.h; those with conditions that of keep.h.
 #pragma once
 
+#include "group.h"
 #include "keep.h"
-#include "protocol.h"
+#include "step.h"
 
 namespace dmi::device {
 

@@ -9,7 +9,7 @@
 // there is none for kept rows, or no records for lots, rows are at their level.
 #pragma once
 
-#include "protocol.h"
+#include "group.h"
 
 namespace dmi::device {
 
@@ -530,73 +530,14 @@ DMI_HD void say_lots(Block& block, State& s, const Group& g, Scratch& x, const M
   for (uint32_t r = block.thread(); r < records; r += block.threads()) publish_slot(f, first + r);
 }
 
-// Complete mode: what of a lot found no room at once, as stream() does it with what of a tensor.
+// Complete mode: what of a lot found no room at once.
 template <typename Block>
-DMI_HD void stream_lot(Block& block, State& s, Scratch& x, const Lot& lot, uint32_t done) {
-  const uint32_t i = lot.tensor;
-  const Tensor& t = x.tensor[i];
-  const Plan& p = x.plan[i];
-  const Part part = part_of(x.fixed, t, p, lot);
-  while (done < lot.rows) {
-    const uint32_t left = lot.rows - done, first = lot.row + done;  // of the part
-    block.sync();
-    if (block.thread() == 0) {
-      const uint64_t rest = uint64_t{left} * part.row_bytes, quarter = x.fixed.payload_bytes / 4;
-      wait_while_drained(s, rest < quarter ? rest : quarter);
-      const bool own = x.own[i] >= kRecordsPerSite;  // one stays, to say that the rest was dropped
-      auto room = [&] { return find_room(s, x, part.row_bytes, left, own); };
-      x.found = room() || wait(s, room);
-    }
-    block.sync();
-    if (!x.found) break;
-    const uint64_t bytes = uint64_t{x.taken} * part.row_bytes;
-    if (encoded(part.level)) {
-      compute_rows(block, x.meet, x.fixed, t, p, part, first, first + x.taken, x.target);
-    } else {
-      const Rows rows = rows_of(t, p.outers, p.flat_stride, p.row_bytes, *part.list);
-      for (uint64_t at = 0; at < bytes; at += kLargestUnit) {
-        const uint64_t end = at + kLargestUnit < bytes ? at + kLargestUnit : bytes;
-        copy_stream(x.fixed, t, p, rows, first, at, end, x.target, block.thread(), block.threads());
-      }
-    }
-    block.sync();
-    if (block.thread() == 0) {
-      dmi_record r = form_of(x.fixed, t, p, part, lot.first + done, x.taken);
-      place_at(r, x.place, x.target.offset, bytes);
-      if (x.taken == 0) {  // a part of a row that nothing continues: the engine frees it and waits for the row itself
-        r.size[0] = 1;
-        r.payload_bytes = x.target.capacity - x.target.offset % x.target.capacity;
-        r.tensor_bytes = part.row_bytes;
-      }
-      if (x.own[i] >= kRecordsPerSite) {
-        --x.own[i];
-        count(s.aside, ~uint64_t{0});
-      }
-      if (lot.what == Lot::kKept) {
-        r.flags |= DMI_RECORD_KEPT;
-        count(s.counters.kept_rows, x.taken);
-      }
-      publish_one(s, r);
-      count(s.captures, 1);
-      count(s.counters.captured_rows, x.taken);
-      count(s.counters.captured_bytes, bytes);
-      if (x.place == DMI_PLACE_SPILL) count(s.counters.spilled_bytes, bytes);
-    }
-    done += x.taken;
-  }
-  block.sync();
-  if (block.thread() != 0 || done == lot.rows) return;
-  count(s.counters.other_rows[DMI_REASON_TIMEOUT], lot.rows - done);
-  if (x.own[i] != 0) {
-    --x.own[i];
-    count(s.aside, ~uint64_t{0});
-  } else if (!records_free(s, 1)) {
-    return;
-  }
-  dmi_record r = other_record(x.fixed, t, DMI_OUTCOME_DROPPED, DMI_REASON_TIMEOUT, lot.first + done, lot.rows - done);
-  r.selection = p.selection;
-  publish_one(s, r);
-  count(s.captures, 1);
+DMI_HD void stream_lot(Block& block, State& s, Scratch& x, const Lot& lot, uint32_t granted) {
+  const uint32_t i = lot.tensor, wanted = lot.rows - granted;
+  const Part part = part_of(x.fixed, x.tensor[i], x.plan[i], lot);
+  const uint8_t flags = lot.what == Lot::kKept ? DMI_RECORD_KEPT : 0;
+  const uint32_t got = stream_rows(block, s, x, i, part, lot.row + granted, lot.first + granted, wanted, flags);
+  if (block.thread() == 0 && got != wanted) give_up(s, x, i, lot.first + granted + got, wanted - got);
 }
 
 // By the last block alone.

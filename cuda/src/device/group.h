@@ -1,0 +1,317 @@
+// A group of tensors that one launch captures. It costs one reservation of payload, by compare-and-swap, and one publication, by the block
+// that finishes last. What finds no room is dropped (best-effort). In complete mode the reservation waits for as long as the ring is being
+// emptied. What found no room all the same the last block copies alone: to the payload ring, else to the spill region in host memory, which
+// needs nobody but the engine to be emptied, else it waits, to a bound.
+#pragma once
+
+#include "records.h"
+#include "room.h"
+#include "stream.h"
+
+namespace dmi::device {
+
+constexpr uint32_t kMostRecords = 6;  // of a tensor: one a level, one for rows that found no room, one for those that are off
+// Free records that let concurrent groups have more of them than were set aside.
+DMI_HD constexpr uint64_t several(bool levelled) { return 4 * kGroupTensors * (levelled ? kMostRecords : kRecordsPerSite); }
+
+// Bytes of the ring that all of a tensor takes.
+template <bool kLevelled>
+DMI_HD uint64_t room_of(const Plan& p) {
+  if (p.fate != Fate::kCapture) return 0;
+  return kLevelled ? p.room : aligned(stream_bytes(p));
+}
+
+// Records that a tensor gets now: one for what was captured, or for why it was not, one for rows that found no room for good.
+template <bool kLevelled>
+DMI_HD uint32_t records_of(const Fixed& f, const Tensor& t, const Plan& p, uint32_t granted) {
+  if (p.fate == Fate::kOutside) return 0;
+  if (kLevelled && p.selection != 0) {
+    uint32_t records = p.off != 0 ? 1 : 0;
+    if (p.fate != Fate::kCapture) return records + (p.rows != 0 ? 1 : 0);
+    each_part(f, t, p, [&](const Part& part) {
+      if (granted_of(part, granted) != 0) ++records;
+      return true;
+    });
+    return records + (granted != p.rows && f.complete == 0 ? 1 : 0);
+  }
+  if (p.fate != Fate::kCapture || granted == p.rows) return 1;
+  return (granted != 0 ? 1 : 0) + (f.complete != 0 ? 0 : 1);
+}
+
+// Whether records were set aside for a tensor, which another one of its group does not need.
+DMI_HD inline bool has_records(const Scratch& x, uint32_t i) {
+  if (x.own[i] == 0) return false;
+  for (uint32_t j = 0; j < i; ++j) {
+    if (x.tensor[j].site == x.tensor[i].site) return false;
+  }
+  return true;
+}
+
+// One reservation for the group: all of it, or, where room is short, whole tensors and then whole rows. Its records' slots too, where
+// all is as it mostly is; otherwise say() takes them. By one thread of one block.
+template <bool kLevelled>
+DMI_HD void reserve(State& s, const Group& g, const Scratch& x, Meeting& m) {
+  const Fixed& f = x.fixed;
+  uint64_t head = load_relaxed_gpu(s.payload_head);
+  uint64_t tail = load_acquire_gpu(s.payload_tail_seen);
+  uint32_t whole = g.count, rows = 0;
+  uint64_t total = x.total;
+  uint32_t most = g.count;
+  m.more = 1;
+  if (x.plain == 0 && !records_free(s, several(kLevelled))) {
+    // Bytes that no record tells of would never be free again: from the first tensor on that may find none, there is no room.
+    m.more = 0;
+    for (most = 0; most < g.count && has_records(x, most);) ++most;
+    if (most < g.count) total = x.at[most];
+  }
+  for (bool fresh = false, waited = f.complete == 0;;) {
+    const uint64_t room = room_left(f.payload_bytes, head, tail);
+    if (room < total && !fresh) {
+      tail = refresh(s.payload_tail_seen, *f.payload_tail, s.payload_head);
+      head = load_relaxed_gpu(s.payload_head);
+      fresh = true;
+      continue;
+    }
+    if (room < total && !waited) {
+      wait_while_drained(s, total < f.payload_bytes / 2 ? total : f.payload_bytes / 2);
+      waited = true;
+      fresh = false;
+      continue;
+    }
+    uint64_t taken = total;
+    whole = most;
+    rows = 0;
+    if (room < total) {
+      for (whole = 0; x.at[whole] + room_of<kLevelled>(x.plan[whole]) <= room;) ++whole;
+      if constexpr (kLevelled) {
+        rows = fit_rows(f, x.tensor[whole], x.plan[whole], room - x.at[whole], taken);
+        taken += x.at[whole];
+      } else {
+        rows = uint32_t((room - x.at[whole]) / x.plan[whole].row_bytes);
+        taken = x.at[whole] + aligned(uint64_t{rows} * x.plan[whole].row_bytes);
+      }
+    }
+    if (swap_relaxed_gpu(s.payload_head, head, head + taken)) break;
+    fresh = false;
+  }
+  if (x.plain != 0 && whole == g.count) m.slot = take_slots(s, g.count);
+  m.base = head;
+  m.whole = whole;
+  m.rows = rows;
+}
+
+// What the others need to know is there.
+template <typename Block>
+DMI_HD void reserved(Block& block, Meeting& m) {
+  m.first = block.index();
+  if (block.count() != 1) store_release_gpu<uint32_t>(m.ready, 1);  // pairs with their acquire
+}
+
+// After the others know the reservation: what each tensor has of it. By all threads; x.at and x.unit hold what the whole would need.
+template <bool kLevelled, typename Block>
+DMI_HD void share_out(Block& block, const Group& g, Scratch& x, const Meeting& m) {
+  const uint64_t base = m.base;
+  const uint32_t whole = m.whole, rows = m.rows;
+  for (uint32_t i = block.thread(); i < g.count; i += block.threads()) {
+    x.at[i] += base;
+    x.start[i] = x.at[i] % x.fixed.payload_bytes;
+    x.granted[i] = x.plan[i].fate != Fate::kCapture || i > whole ? 0 : i < whole ? x.plan[i].rows : rows;
+  }
+  if (whole == g.count) return;
+  block.sync();
+  for (uint32_t i = block.thread(); i < g.count; i += block.threads())
+    x.unit[i] = kLevelled ? levelled_units(x.fixed, x.tensor[i], x.plan[i], x.granted[i], g.unit_shift)
+                          : units_of(uint64_t{x.granted[i]} * x.plan[i].row_bytes, g.unit_shift);
+  block.sync();
+  block.sum(x.unit, g.count);
+}
+// The slots of groups that are not as they mostly are. By all threads; gives x.record, and m.slot.
+template <bool kLevelled, typename Block>
+DMI_HD void find_slots(Block& block, State& s, const Group& g, Scratch& x, Meeting& m) {
+  for (uint32_t i = block.thread(); i < g.count; i += block.threads()) {
+    if (!has_records(x, i)) x.own[i] = 0;  // fired twice in a group: the first has what was set aside
+    const uint32_t wanted = records_of<kLevelled>(x.fixed, x.tensor[i], x.plan[i], x.granted[i]);
+    // A site that fires again and again may have used up its records: then only the counters know.
+    x.record[i] = x.own[i] >= wanted || m.more != 0 ? wanted : x.own[i];
+  }
+  block.sync();
+  block.sum(x.record, g.count);
+  if (block.thread() == 0) m.slot = take_slots(s, x.record[g.count]);
+  block.sync();
+}
+template <bool kLevelled>
+DMI_HD void say_tensor(State& s, const Fixed& f, const Tensor& t, const Plan& p, uint32_t granted, uint64_t at, uint64_t slot,
+                       uint64_t end) {
+  if (p.fate == Fate::kOutside) return count(s.counters.outside, 1);
+  if (p.fate == Fate::kOff) return say_other(s, f, t, p, DMI_OUTCOME_SKIPPED, DMI_REASON_POLICY, 0, p.rows, slot, end);
+  if (p.fate == Fate::kMismatch) {
+    if (p.rows != 0 || p.selection == 0) say_other(s, f, t, p, DMI_OUTCOME_DROPPED, DMI_REASON_MISMATCH, 0, p.rows, slot, end);
+  } else {
+    if (kLevelled && p.rows != 0) {
+      each_part(f, t, p, [&](const Part& part) {
+        const uint32_t rows = granted_of(part, granted);
+        if (rows != 0)
+          say_captured(s, f, form_of(f, t, p, part, part.first, rows), at + part.at, uint64_t{rows} * part.row_bytes, slot, end);
+        return true;
+      });
+    } else if (granted != 0 || (p.rows == 0 && p.selection == 0)) {
+      say_captured(s, f, form_of(f, t, p, 0, granted), at, uint64_t{granted} * p.row_bytes, slot, end);
+    }
+    if (p.rows != granted && f.complete == 0)
+      say_other(s, f, t, p, DMI_OUTCOME_DROPPED, DMI_REASON_RING_FULL, granted, p.rows - granted, slot, end);
+  }
+  if (kLevelled && p.off != 0) say_other(s, f, t, p, DMI_OUTCOME_SKIPPED, DMI_REASON_POLICY, p.rows, p.off, slot, end);
+}
+
+// The records of what is captured at once, and of what will not be, but for what makes them visible. By one block, all its threads: where
+// all found room the one that reserved, while the others are at work; else the last one.
+template <bool kLevelled, typename Block>
+DMI_HD DMI_APART void say(Block& block, State& s, const Group& g, Scratch& x, Meeting& m) {
+  const Fixed& f = x.fixed;
+  const bool plain = x.plain != 0 && m.whole == g.count;
+  if (!plain) find_slots<kLevelled>(block, s, g, x, m);
+  if (block.thread() == 0) {
+    m.records = plain ? g.count : x.record[g.count];
+    count(s.captures, m.records);
+    count(s.counters.records, m.records);
+  }
+  for (uint32_t i = block.thread(); i < g.count; i += block.threads()) {
+    const Tensor& t = x.tensor[i];
+    const Plan& p = x.plan[i];
+    const uint32_t given = plain ? 1 : x.record[i + 1] - x.record[i];
+    const uint64_t slot = m.slot + (plain ? i : x.record[i]);
+    say_tensor<kLevelled>(s, f, t, p, x.granted[i], x.at[i], slot, slot + given);
+    // What the site did not need is free for others, unless the rest of it is still to come.
+    const bool later = f.complete != 0 && p.fate == Fate::kCapture && x.granted[i] < p.rows;
+    const uint32_t kept = later && x.own[i] > given ? x.own[i] - given : 0;
+    count(s.aside, 0 - uint64_t{x.own[i] - kept});
+    x.own[i] = uint8_t(kept);
+  }
+}
+
+// Makes them visible. The last block, all its threads.
+template <typename Block>
+DMI_HD void publish(Block& block, const Group& g, const Scratch& x, const Meeting& m) {
+  const Fixed& f = x.fixed;
+  for (uint32_t r = block.thread(); r < m.records; r += block.threads()) publish_slot(f, m.slot + r);
+  for (uint32_t i = block.thread(); i < g.count; i += block.threads()) {
+    if (x.tensor[i].site < f.sites) f.left[x.tensor[i].site] = 0;  // others of this launch have read it
+  }
+}
+// By the last block.
+template <bool kLevelled>
+DMI_HD void leave(Meeting& m) {
+  m.arrived = m.ready = m.done = 0;  // for the next launch, which a stream orders after this one
+  if constexpr (kLevelled) m.claimed = m.watched = 0;
+}
+
+// Thread 0 of a block that does not reserve. Whoever does is running, and waits for none of us.
+DMI_HD inline void wait_until_ready(Meeting& m) {
+  for (uint32_t pause = 20; load_acquire_gpu(m.ready) == 0; pause = pause < 500 ? pause * 2 : pause) pause_ns(pause);
+}
+
+// Which of the tensors from `first` on has a unit of the group.
+DMI_HD inline uint32_t whose(const Scratch& x, uint32_t first, uint32_t count, uint32_t unit) {
+  uint32_t low = first;
+  for (uint32_t high = count; high - low > 1;) {
+    const uint32_t middle = (low + high) / 2;
+    if (x.unit[middle] <= unit) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+// Units come in turn, beginning behind the block that reserved, which has the fewest, as it has the records to write.
+template <typename Block>
+DMI_HD uint32_t first_unit(const Block& block, const Meeting& m) {
+  return block.index() - m.first - 1 + (block.index() <= m.first ? block.count() : 0);
+}
+
+// This block's units of tensors whose rows are all reduced. Apart, so that it has the registers for it.
+template <typename Block>
+DMI_HD DMI_APART void reduce_units(Block& block, Scratch& x, uint32_t count, uint32_t first) {
+  const uint32_t units = x.unit[count], step = block.count();
+  for (uint32_t unit = first, i = 0; unit < units; unit += step) {
+    i = whose(x, i, count, unit);
+    const Plan& p = x.plan[i];
+    if (p.reduced != nullptr) reduce_unit(block, x.meet, x.fixed, x.tensor[i], p, x.granted[i], unit - x.unit[i], x.start[i]);
+  }
+}
+
+// By all blocks of the launch.
+template <bool kLevelled, typename Block>
+DMI_HD void capture_group(Block& block, State& s, const Group& g, Scratch& x) {
+  const Fixed& f = x.fixed;
+  if (block.thread() == 0) x.plain = 1;
+  block.sync();
+  for (uint32_t i = block.thread(); i < g.count; i += block.threads()) {
+    const Tensor& t = x.tensor[i];
+    x.own[i] = t.site < f.sites ? f.left[t.site] : 0;
+    if constexpr (kLevelled) {
+      x.plan[i] = plan_levelled(f, t, g.unit_shift, x.unit[i]);
+    } else {
+      x.plan[i] = plan_of(f, t);
+      x.unit[i] = units_of(x.plan[i].fate == Fate::kCapture ? stream_bytes(x.plan[i]) : 0, g.unit_shift);
+    }
+    x.at[i] = room_of<kLevelled>(x.plan[i]);
+    // Groups list their sites in order, as a rule: then none is there twice.
+    if (x.own[i] == 0 || (i != 0 && x.tensor[i - 1].site >= t.site)) store_relaxed_gpu<uint32_t>(x.plain, 0);
+    if (kLevelled && x.plan[i].selection != 0) store_relaxed_gpu<uint32_t>(x.plain, 0);
+  }
+  block.sync();
+  const uint64_t total = block.sum(x.at, g.count);
+  if (block.thread() == 0) x.total = total;
+  block.sum(x.unit, g.count);
+  Meeting& m = *g.meeting;
+  if (block.thread() == 0) {
+    if (block.count() == 1 || add_relaxed_gpu<uint32_t>(m.arrived, 1) == 0) {
+      reserve<kLevelled>(s, g, x, m);
+      reserved(block, m);
+    } else {
+      wait_until_ready(m);
+    }
+  }
+  block.sync();
+  share_out<kLevelled>(block, g, x, m);
+  block.sync();
+  const bool all = m.whole == g.count;
+  if (all && m.first == block.index()) say<kLevelled>(block, s, g, x, m);
+  const uint32_t units = x.unit[g.count], first = first_unit(block, m);
+  if constexpr (kLevelled) reduce_units(block, x, g.count, first);
+  for (uint32_t unit = first, i = 0; unit < units; unit += block.count()) {
+    i = whose(x, i, g.count, unit);
+    const Tensor& t = x.tensor[i];
+    const Plan& p = x.plan[i];
+    const Target to{f.payload, f.payload_bytes, x.start[i]};
+    const uint32_t n = unit - x.unit[i];
+    if constexpr (kLevelled) {
+      if (p.reduced == nullptr) move_unit(block, x.meet, f, t, p, x.granted[i], n, g.unit_shift, to);
+    } else {
+      const uint64_t begin = uint64_t{n} << g.unit_shift, end = uint64_t{n + 1} << g.unit_shift, of = uint64_t{x.granted[i]} * p.row_bytes;
+      copy_stream(f, t, p, all_rows(f, t, p), 0, begin, end < of ? end : of, to, block.thread(), block.threads());
+    }
+  }
+  block.sync();
+  if (block.count() != 1) {
+    // Release: what this block copied, and the records that it wrote. Acquire, for the last: what all others did.
+    if (block.thread() == 0) x.last = add_acq_rel_gpu<uint32_t>(m.done, 1) + 1 == block.count();
+    block.sync();
+    if (!x.last) return;
+  }
+  if (!all) say<kLevelled>(block, s, g, x, m);
+  block.sync();
+  publish(block, g, x, m);
+  if (f.complete != 0 && !all) {
+    block.sync();
+    for (uint32_t i = 0; i < g.count; ++i) {
+      if (x.plan[i].fate == Fate::kCapture && x.granted[i] < x.plan[i].rows) stream<kLevelled>(block, s, x, i);
+    }
+  }
+  block.sync();
+  if (block.thread() == 0) leave<kLevelled>(m);
+}
+
+}  // namespace dmi::device
