@@ -170,9 +170,26 @@ func (s *selection) sure() error {
 		Code: Incomplete,
 		Message: fmt.Sprintf("read request %s at site %s: %d of the %d rows asked for are not there (%s)", s.request.ID, s.site.Name, n,
 			s.missing.count()+s.present.count(), s.why()),
-		Hint:     "ask for a partial answer to get the rows that are, or for the coverage",
+		Hint:     "ask for a partial answer to get the rows that are, " + s.lower() + "or for the coverage",
 		Coverage: s.coverage(),
 	}
+}
+
+// lower says how to get what is there of missing rows that were captured at a lower level.
+func (s *selection) lower() (hint string) {
+	var quantised, figures bool
+	for _, e := range s.books {
+		if e.Outcome == tensor.Captured && e.Expired == 0 && slices.Contains(e.Sites, s.site.ID) && s.missing.and(positionsOf(e)).count() > 0 {
+			quantised, figures = quantised || e.Level.Quantised(), figures || e.Level == tensor.Stats
+		}
+	}
+	if quantised {
+		hint = "for level any to get quantised ones as well, "
+	}
+	if figures {
+		hint += "for statistics to get the figures of those that have no more, "
+	}
+	return hint
 }
 
 // why sums up what the books say of the missing rows.
