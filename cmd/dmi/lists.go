@@ -271,7 +271,7 @@ func coverageCommand(o *options) *cobra.Command {
 			if err := printOutcomes(c, &coverage); err != nil || len(coverage.Ranges) == 0 {
 				return err
 			}
-			t := newTable(c.OutOrStdout(), "site", "positions", "outcome", "attempt")
+			t := newTable(c.OutOrStdout(), "site", "positions", "outcome", "policy", "attempt")
 			for _, g := range coverage.Ranges {
 				positions := fmt.Sprintf("%d:%d", g.First, g.First+g.Count*g.Stride)
 				if g.Stride > 1 {
@@ -281,7 +281,7 @@ func coverageCommand(o *options) *cobra.Command {
 				if g.Expired != 0 {
 					outcome += ", expired " + time.Unix(0, g.Expired).UTC().Format(time.DateTime)
 				}
-				t.row(g.Site, positions, outcome, strconv.Itoa(int(g.Attempt)))
+				t.row(g.Site, positions, outcome, strconv.FormatUint(g.Policy, 10), strconv.Itoa(int(g.Attempt)))
 			}
 			return t.flush()
 		}}

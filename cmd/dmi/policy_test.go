@@ -8,6 +8,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -69,6 +70,9 @@ func TestPolicyCommands(t *testing.T) {
 		if revision, known := want[r.First]; !known || r.Policy != revision || (r.Outcome == "skipped") != (revision == 1 || revision == 3) {
 			t.Errorf("%+v", r)
 		}
+	}
+	if out := mustDMI(t, "coverage", "--request", p.request(), "--store", dir); !regexp.MustCompile(`3:5 +skipped\(policy\) +1 `).MatchString(out) {
+		t.Error(out)
 	}
 	for _, wrong := range []struct {
 		arguments []string
