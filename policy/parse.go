@@ -155,7 +155,7 @@ func (r *reader) layers(n *yaml.Node) Layers {
 		}
 	}
 	if n.Kind != yaml.ScalarNode || err != nil || to < from {
-		r.bad(n, "layers: %s: a layer or a range with both its ends is needed: 3, 0-15, 20-", kind(n))
+		r.bad(n, "layers: %s: a layer or a range upwards is needed: 3, 0-15, 20-", kind(n))
 	}
 	return Layers{int(from), int(to)}
 }

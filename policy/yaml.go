@@ -87,7 +87,7 @@ func (r *reader) syntax(err error) {
 			}
 		}
 	}
-	r.problems = append(r.problems, Problem{line, 1, "not YAML: " + text})
+	r.problems = append(r.problems, Problem{Line: line, Message: "not YAML: " + text})
 }
 
 // field is a key of a mapping, and what reads its value.

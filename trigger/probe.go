@@ -37,7 +37,7 @@ func ReadProbe(dir, name string) (*Probe, error) {
 	defer root.Close()
 	file, err := root.Open(filepath.FromSlash(name))
 	if err != nil {
-		return fail(err)
+		return fail(fmt.Errorf("below the store's folder: %w", err))
 	}
 	defer file.Close()
 	if info, err := file.Stat(); err != nil || !info.Mode().IsRegular() {
