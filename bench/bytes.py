@@ -48,23 +48,12 @@ def statistics(store: Path, model: Any, rows: list[dict[str, Any]]) -> None:
             session.policy.set(policy)
             before = copied(session)
             run(model, 4, 16, 8)
-            moved[policy] = copied(session) - before + spilled(session)
+            moved[policy] = copied(session) - before
     full = moved.pop("default: full\n")
     print(f"{'every site in full':72} {full / 1e6:10.3f} MB")
     for policy, metric, goal in zip(moved, ("statistics of every site", "statistics and 4 greatest elements of every site", "statistics of every 8th row of every site"), (0.02, None, 0.02), strict=True):
         ratio = moved[policy] / full
         say(rows, metric + ", of what all rows in full move", moved[policy] / 1e6, "MB", full / 1e6, ratio, "" if goal is None else f"<= {goal:.0%} of full", None if goal is None else ratio <= goal)
-
-
-spills: dict[str, int] = {}
-
-
-def spilled(session: dmi.Session) -> int:
-    """In complete mode what is little goes through the spill region: bytes that came so since the last call."""
-    now = int(session.status()["ring"]["spilled_bytes"])
-    before = spills.get(session.id, 0)
-    spills[session.id] = now
-    return now - before
 
 
 def late(store: Path, model: Any, rows: list[dict[str, Any]]) -> None:
