@@ -272,8 +272,9 @@ struct dmi_gate {
 
 enum dmi_region { DMI_REGION_ALL = 0, DMI_REGION_PROMPT = 1, DMI_REGION_GENERATED = 2 };
 
-/* Takes the rows of requests whose hash is below `threshold`, in `phases`, at positions of a window: start, start + step, ... below stop, counted
- * from where the region begins. Writer: engine, with the gates. cuda/src/levels.h says it in code. */
+/* Takes the rows of requests whose hash is below `threshold`, or of one alone, in `phases`, at positions of a window: start, start + step, ... below
+ * stop, counted from where the region begins. Of a request whose spans do not say how long its prompt is, GENERATED and what is counted from the
+ * prompt's end take no row, and PROMPT those of phase PREFILL. Writer: engine, with the gates. cuda/src/levels.h says it in code. */
 struct dmi_clause {
   uint64_t seed;      /* of the hash: splitmix64 of the request's number */
   uint64_t threshold; /* 0: every request */
@@ -284,7 +285,9 @@ struct dmi_clause {
   uint8_t level;      /* dmi_level of the rows that it takes */
   uint8_t region;     /* dmi_region */
   uint8_t phases;     /* a bit for each dmi_phase that it takes */
-  uint8_t spare[7];
+  uint8_t one;        /* 1: of `request` alone */
+  uint8_t spare[6];
+  uint64_t request;
 };
 
 /* A condition on a row, evaluated by the op itself: what meets it is captured in the step that it happens in, without anything else taking room.
@@ -481,7 +484,7 @@ DMI_STATIC_ASSERT(offsetof(struct dmi_control, lane) == 2048, "control.lane");
 DMI_STATIC_ASSERT(sizeof(struct dmi_site) == 256, "site");
 DMI_STATIC_ASSERT(offsetof(struct dmi_site, name_bytes) == 20, "site.name_bytes");
 DMI_STATIC_ASSERT(sizeof(struct dmi_gate) == 8, "gate");
-DMI_STATIC_ASSERT(sizeof(struct dmi_clause) == 48, "clause");
+DMI_STATIC_ASSERT(sizeof(struct dmi_clause) == 56, "clause");
 DMI_STATIC_ASSERT(sizeof(struct dmi_watch) == 40, "watch");
 DMI_STATIC_ASSERT(sizeof(struct dmi_keep) == 24, "keep");
 DMI_STATIC_ASSERT(sizeof(struct dmi_run) == 16, "run");

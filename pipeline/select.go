@@ -53,7 +53,7 @@ func newSelector(rules Rules) *selector {
 	return &selector{rules: rules, plans: map[uint64]*policy.Plan{}, unknown: map[uint64]bool{}, wanted: map[choiceSite]bool{}}
 }
 
-// opened takes note of where prompts end: where the step's rows say so, else with the rows of a request's first step, which are prefill.
+// opened takes note of where prompts end, which the step's rows say. Nothing is made of rows that do not say it: their producer cannot either.
 func (s *selector) opened(step *drain.Step) {
 	if step.Rows == nil {
 		return
@@ -62,41 +62,13 @@ func (s *selector) opened(step *drain.Step) {
 	defer s.mu.Unlock()
 	for i := range step.Rows.Spaces[ring.SpaceTokens].Spans {
 		span := &step.Rows.Spaces[ring.SpaceTokens].Spans[i]
-		if span.Prompt == 0 && span.Phase != ring.PhasePrefill {
+		if span.Prompt == 0 {
 			continue
 		}
-		r, _ := s.rules.Request(span.Request)
-		if span.Prompt != 0 {
-			if span.Prompt != r.Prompt {
-				s.rules.Prompt(span.Request, span.Prompt)
-			}
-			continue
-		}
-		first := prefix(step, span.Request)
-		if r.Prompt == 0 && span.Position == first || r.Prompt != 0 && span.Position == r.Prompt && continues(step, span.Request, first) {
-			s.rules.Prompt(span.Request, span.Position+span.Count)
+		if r, _ := s.rules.Request(span.Request); span.Prompt != r.Prompt {
+			s.rules.Prompt(span.Request, span.Prompt)
 		}
 	}
-}
-
-// prefix is how many of a request's first positions the model took from its prefix cache in this step.
-func prefix(step *drain.Step, request uint64) uint32 {
-	for i := range step.Rows.Cached {
-		if span := &step.Rows.Cached[i]; span.Request == request && span.Position == 0 {
-			return span.Count
-		}
-	}
-	return 0
-}
-
-// continues reports whether the first row that a request has is in this step too, so that its prompt goes on in a further span.
-func continues(step *drain.Step, request uint64, first uint32) bool {
-	for i := range step.Rows.Spaces[ring.SpaceTokens].Spans {
-		if span := &step.Rows.Spaces[ring.SpaceTokens].Spans[i]; span.Request == request {
-			return span.Position == first
-		}
-	}
-	return false
 }
 
 // keepsAll reports whether the step's policy and its requests leave nothing out: then no verdict depends on what is known of them.

@@ -127,17 +127,8 @@ func (d *drawnRules) step(r *stepRows) (revision uint64) {
 			if d.random.IntN(2) == 0 {
 				s.Phase = ring.PhaseDecode
 			}
-			if s.Position == 0 && s.Phase == ring.PhasePrefill { // its prompt is what this step has of it
-				for _, other := range r.spans {
-					if other.Request == s.Request && other.Space == ring.SpaceTokens {
-						q.Prompt += other.Count
-					}
-				}
-			}
 			told := uint32(d.random.IntN(2) * d.random.IntN(12)) // how long the rows say that the prompt is; 0: they do not
-			if told != 0 {
-				q.Prompt = told
-			}
+			q.Prompt = told
 			for j := range r.spans {
 				if r.spans[j].Request == s.Request {
 					r.spans[j].Phase, r.spans[j].Prompt = s.Phase, told

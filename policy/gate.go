@@ -8,7 +8,10 @@ import (
 
 const everyPhase = 1<<Prefill | 1<<Decode
 
-// Gate is what a producer must give for a class: exactly the rows that it selects where a producer can tell them apart, by phase, sample and position alone; else a level from which
+// mostClauses is how many a gate may have: with more, a producer would ask each of them of every row of a step.
+const mostClauses = 128
+
+// Gate is what a producer must give for a class: exactly the rows that it selects where a producer can tell them apart, by number, phase, sample and position; else a level from which
 // every row's own can be made.
 func (c *Class) Gate() tensor.Gate {
 	last := len(c.Clauses) - 1
@@ -18,10 +21,10 @@ func (c *Class) Gate() tensor.Gate {
 	}
 	for i := range c.Clauses[:last] {
 		clauses, exact := c.Clauses[i].gate()
-		if !exact {
+		gate.Clauses = append(gate.Clauses, clauses...)
+		if !exact || len(gate.Clauses) > mostClauses {
 			return tensor.Gate{Level: c.enough(), Top: gate.Top}
 		}
-		gate.Clauses = append(gate.Clauses, clauses...)
 	}
 	return gate
 }
@@ -53,30 +56,38 @@ func (c *Class) enough() tensor.Level {
 	return level
 }
 
-// gate is a clause for producers; they do not know requests by name, nor where prompts end.
+// gate is a clause for producers; they know requests by their numbers, not by ids and tags.
 func (c *Clause) gate() (clauses []tensor.GateClause, exact bool) {
-	if c.Only != nil || c.Rows == nil || len(c.Rows.IDs)+len(c.Rows.Tags) > 0 {
-		return nil, false
-	}
 	one := tensor.GateClause{Level: c.Level.Level, Stride: c.Level.Stride, Phases: everyPhase, Stop: math.MaxInt64, Step: 1}
-	if c.Rows.Sample > 0 {
-		one.Seed, one.Threshold = c.Rows.Seed, Threshold(c.Rows.Sample)
-		if one.Threshold == 0 { // which would be every request
+	windows := []Window{{Stop: unbounded, Step: 1}}
+	if c.Rows != nil {
+		if len(c.Rows.IDs)+len(c.Rows.Tags) > 0 {
 			return nil, false
 		}
-	}
-	if c.Rows.Phase != nil {
-		one.Phases = 1 << *c.Rows.Phase
-	}
-	if len(c.Rows.Tokens) == 0 {
-		return []tensor.GateClause{one}, true
-	}
-	for _, w := range c.Rows.Tokens {
-		if w.Region != All {
-			return nil, false
+		if c.Rows.Sample > 0 {
+			one.Seed, one.Threshold = c.Rows.Seed, Threshold(c.Rows.Sample)
+			if one.Threshold == 0 { // which would be every request
+				return nil, false
+			}
 		}
-		one.Start, one.Stop, one.Step = uint64(w.Start), uint64(w.Stop), w.Step
-		clauses = append(clauses, one)
+		if c.Rows.Phase != nil {
+			one.Phases = 1 << *c.Rows.Phase
+		}
+		if len(c.Rows.Tokens) > 0 {
+			windows = c.Rows.Tokens
+		}
+	}
+	for _, w := range windows {
+		one.Region, one.Start, one.Stop, one.Step = regions[w.Region], uint64(w.Start), uint64(w.Stop), w.Step
+		if c.Only == nil {
+			clauses = append(clauses, one)
+		}
+		for _, number := range c.Only {
+			one.One, one.Request = true, number
+			clauses = append(clauses, one)
+		}
 	}
 	return clauses, true
 }
+
+var regions = map[Region]tensor.Region{All: tensor.Everywhere, Prompt: tensor.Prompt, Generated: tensor.Generated}

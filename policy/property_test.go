@@ -186,9 +186,8 @@ func TestPlansSayWhatTheReferenceSays(t *testing.T) {
 func given(g tensor.Gate, r Request, t Token) tensor.Level {
 	level, stride := g.Level, g.Stride
 	for _, c := range g.Clauses {
-		sampled := c.Threshold == 0 || Hash(c.Seed, r.Number) < c.Threshold
-		p := uint64(t.Position)
-		if sampled && c.Phases>>t.Phase&1 == 1 && p >= c.Start && p < c.Stop && (p-c.Start)%uint64(c.Step) == 0 {
+		sampled := (c.Threshold == 0 || Hash(c.Seed, r.Number) < c.Threshold) && (!c.One || c.Request == r.Number)
+		if sampled && c.Phases>>t.Phase&1 == 1 && inRegion(c, r, t) {
 			level, stride = c.Level, c.Stride
 			break
 		}
@@ -200,6 +199,35 @@ func given(g tensor.Gate, r Request, t Token) tensor.Level {
 		return tensor.Full
 	}
 	return tensor.Off
+}
+
+// inRegion counts the region's positions one by one, as far as any test goes.
+func inRegion(c tensor.GateClause, r Request, t Token) bool {
+	var region []uint32
+	for p := range uint32(64) {
+		switch {
+		case c.Region == tensor.Prompt && r.Prompt != 0 && p >= r.Prompt, c.Region == tensor.Generated && p < r.Prompt:
+		default:
+			region = append(region, p)
+		}
+	}
+	if r.Prompt == 0 && (c.Region == tensor.Generated || int64(c.Start) < 0 || int64(c.Stop) < 0 || c.Region == tensor.Prompt && t.Phase != Prefill) {
+		return false
+	}
+	bound := func(v uint64) int {
+		if n := int64(v); n < 0 {
+			return max(0, len(region)+int(n))
+		} else if n < int64(len(region)) {
+			return int(n)
+		}
+		return len(region)
+	}
+	for i := bound(c.Start); i < bound(c.Stop); i += int(c.Step) {
+		if region[i] == t.Position {
+			return true
+		}
+	}
+	return false
 }
 
 func TestSamplesAreSharesAndNested(t *testing.T) {

@@ -53,7 +53,7 @@ func (d *Document) Check(a Abilities) error {
 			case !a.Has(l.Level):
 				has(r.Line, r.Name+": degrade", l)
 			case !d.Pushable(l.Level):
-				bad(r.Line, "%s: degrade: %v does not hold copied_bytes_per_s: some rule tells rows apart by more than a producer knows (ids, tags, windows of prompt or generated), and what is left out of those is copied all the same", r.Name, l)
+				bad(r.Line, "%s: degrade: %v does not hold copied_bytes_per_s: some rule tells rows apart by more than a producer knows (ids, tags), and what is left out of those is copied all the same", r.Name, l)
 			}
 		}
 		if r.Select.byRows() && !a.Rows {

@@ -488,7 +488,7 @@ func (g *Gate) Encode(b []byte) {
 
 // struct dmi_clause: size and offsets in bytes.
 const (
-	ClauseSize            = 48
+	ClauseSize            = 56
 	ClauseSeedOffset      = 0
 	ClauseThresholdOffset = 8
 	ClauseStartOffset     = 16
@@ -498,6 +498,8 @@ const (
 	ClauseLevelOffset     = 38
 	ClauseRegionOffset    = 39
 	ClausePhasesOffset    = 40
+	ClauseOneOffset       = 41
+	ClauseRequestOffset   = 48
 )
 
 // Clause is a copy of struct dmi_clause.
@@ -511,6 +513,8 @@ type Clause struct {
 	Level     uint8  // dmi_level of the rows that it takes
 	Region    uint8  // dmi_region
 	Phases    uint8  // a bit for each dmi_phase that it takes
+	One       uint8  // 1: of `request` alone
+	Request   uint64
 }
 
 // Decode reads c from the first ClauseSize bytes of b.
@@ -525,6 +529,8 @@ func (c *Clause) Decode(b []byte) {
 	c.Level = b[38]
 	c.Region = b[39]
 	c.Phases = b[40]
+	c.One = b[41]
+	c.Request = binary.LittleEndian.Uint64(b[48:])
 }
 
 // Encode writes c to the first ClauseSize bytes of b; padding becomes zero.
@@ -539,6 +545,8 @@ func (c *Clause) Encode(b []byte) {
 	b[38] = c.Level
 	b[39] = c.Region
 	b[40] = c.Phases
+	b[41] = c.One
+	binary.LittleEndian.PutUint64(b[48:], c.Request)
 }
 
 // struct dmi_watch: size and offsets in bytes.

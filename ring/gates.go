@@ -83,8 +83,12 @@ func (r *Ring) encodeGates(gates []tensor.Gate) (table, clauses []byte, err erro
 			if !c.Level.Valid() || c.Step == 0 || c.Stride > math.MaxUint16 {
 				return nil, nil, fmt.Errorf("ring: gates: site %d: clause %d: level %v, step %d, stride %d", i, n, c.Level, c.Step, c.Stride)
 			}
-			(&Clause{Seed: c.Seed, Threshold: c.Threshold, Start: c.Start, Stop: c.Stop, Step: c.Step, Stride: uint16(max(1, c.Stride)), Level: uint8(c.Level), Region: RegionAll,
-				Phases: c.Phases}).Encode(own[n*ClauseSize:])
+			one := uint8(0)
+			if c.One {
+				one = 1
+			}
+			(&Clause{Seed: c.Seed, Threshold: c.Threshold, Start: c.Start, Stop: c.Stop, Step: c.Step, Stride: uint16(max(1, c.Stride)), Level: uint8(c.Level), Region: uint8(c.Region),
+				Phases: c.Phases, One: one, Request: c.Request}).Encode(own[n*ClauseSize:])
 		}
 		if !g.Level.Valid() || g.Stride > math.MaxUint16 || g.Top > MostTop {
 			return nil, nil, fmt.Errorf("ring: gates: site %d: level %v, stride %d, top %d", i, g.Level, g.Stride, g.Top)

@@ -159,8 +159,9 @@ func TestPromotions(t *testing.T) {
 	if a, b := kept(plan, 7), kept(plan, 8); a != "xxxxxx" || b != "------" {
 		t.Errorf("promoted %s, not %s", a, b)
 	}
-	if gates, _ := w.Gates().Of(session, "best-effort", w.sample.Sites); gates[samplestore.SiteResid].Level != tensor.Full || !gates[samplestore.SiteTokens].Off() {
-		t.Errorf("gates %v", gates)
+	gates, _ := w.Gates().Of(session, "best-effort", w.sample.Sites)
+	if resid := gates[samplestore.SiteResid]; resid.Level != tensor.Off || len(resid.Clauses) != 1 || !resid.Clauses[0].One || resid.Clauses[0].Request != 7 || !gates[samplestore.SiteTokens].Off() {
+		t.Errorf("gates %v: those of request 7 alone are wanted", gates)
 	}
 	if gates, _ := w.Gates().Of(session+1, "best-effort", w.sample.Sites); !gates[samplestore.SiteResid].Off() {
 		t.Errorf("gates of another session %v", gates)

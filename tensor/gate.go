@@ -32,13 +32,27 @@ func (g *Gate) Off() bool {
 	return g.Watch == 0 && g.Keep == 0 && !g.Offer && g.Level == Off && !slices.ContainsFunc(g.Clauses, func(c GateClause) bool { return c.Level != Off })
 }
 
-// GateClause takes rows of requests in a sample, in some phases, at positions Start, Start + Step, ... below Stop.
+// Region of a request's positions that a clause counts in.
+type Region uint8
+
+// Regions. Of the generated ones the first goes into the model after the prompt's last token.
+const (
+	Everywhere Region = iota
+	Prompt
+	Generated
+)
+
+// GateClause takes rows of requests in a sample, or of one alone, in some phases, at positions Start, Start + Step, ... below Stop of a region. Of those two, negative ones, in two's
+// complement, count from the prompt's end.
 type GateClause struct {
 	Level       Level
 	Stride      uint32
 	Threshold   uint64 // the hashes of the requests are below it; 0: every request
 	Seed        uint64 // of the hash
+	One         bool   // of Request alone
+	Request     uint64
 	Phases      uint8  // a bit for each
+	Region      Region
 	Start, Stop uint64
 	Step        uint32
 }

@@ -27,6 +27,7 @@ DMI_BOTH inline uint64_t request_hash(uint64_t seed, uint64_t request) {
 }
 
 DMI_BOTH inline bool clause_takes(const dmi_clause& c, const dmi_span& span, uint32_t position) {
+  if (c.one != 0 && span.request != c.request) return false;
   if (c.threshold != 0 && request_hash(c.seed, span.request) >= c.threshold) return false;
   if ((c.phases >> span.phase & 1) == 0) return false;
   const int64_t start = int64_t(c.start), stop = int64_t(c.stop), none = int64_t(DMI_OPEN_END), prompt = int64_t{span.prompt};

@@ -170,6 +170,7 @@ void check_quantised(uint32_t level, const std::byte* got, const std::vector<dou
 
 // The rule, written as slowly as it reads.
 bool takes(const dmi_clause& c, const dmi_span& span, uint32_t position) {
+  if (c.one == 1 && span.request != c.request) return false;
   if (c.threshold != 0) {
     uint64_t x = span.request + (c.seed + 1) * 0x9e3779b97f4a7c15ull;
     x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
@@ -442,6 +443,8 @@ class World {
       c.seed = below(5);
       c.threshold = below(2) == 0 ? 0 : random_();
       c.region = uint8_t(below(3));
+      c.one = below(4) == 0 ? 1 : 0;
+      c.request = below(12);
       c.phases = uint8_t(1 + below(3));
       c.step = uint32_t(1 + below(4));
       c.stride = uint16_t(1 + below(4));

@@ -68,7 +68,7 @@ def test_refused_policies_change_nothing(tmp_path: Path) -> None:
         for document, said in {
             "rules: [{level: ful}]": "line 1, column 17.*there are full",
             "rules:\n- {hook: x, level: off}": "line 2, column 4.*did you mean hooks",
-            "budgets: {copied_bytes_per_s: 1MB}\nrules:\n- {level: full, tokens: generated, degrade: [sampled/8, off]}": "sampled/8 does not hold copied_bytes_per_s",
+            "budgets: {copied_bytes_per_s: 1MB}\nrules:\n- {level: full, requests: {tags: [a]}, degrade: [sampled/8, off]}": "sampled/8 does not hold copied_bytes_per_s",
         }.items():
             with pytest.raises(ValueError, match=said):
                 session.policy.set(document)

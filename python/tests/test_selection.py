@@ -53,7 +53,7 @@ def test_rows_are_those_of_the_rule(rule: str, want: Any, tmp_path: Path) -> Non
         session.policy.set(f"default: off\nrules:\n- level: full\n  hooks: blocks.1.hook_resid_post\n  {rule}\n")
         model.generate(prompts(6, 7), max_new_tokens=8, do_sample=False, pad_token_id=0)
         session.flush()
-        values = torch.cat(seen, dim=1)
+        values, moved = torch.cat(seen, dim=1), 0
         for number, request in enumerate(session.requests):
             rows = {p for p in range(values.shape[1]) if want(p, number)}
             assert captured(session, request, "blocks.1.hook_resid_post") == rows
@@ -64,8 +64,13 @@ def test_rows_are_those_of_the_rule(rule: str, want: Any, tmp_path: Path) -> Non
             if rows and len(rows) < values.shape[1]:
                 with pytest.raises(dmi.IncompleteError, match="skipped"):
                     session.cache(request=request)["resid_post", 1]
+            if "ids" not in rule and "tags" not in rule:  # what a producer can tell by itself never came into the ring
+                moved += len(rows)
             told = {p for p in range(values.shape[1]) if session.policy.explain(request, "blocks.1.hook_resid_post", position=p)[0]["captured"]}
             assert told == rows  # explain says what happened
+        if moved:
+            ring = session.status()["ring"]
+            assert ring["captured_rows"] == moved and ring["captured_bytes"] == moved * values[0, 0].nbytes
         assert balanced(session.coverage())
 
 
@@ -96,6 +101,7 @@ def test_a_trigger_promotes_one_request_of_many(tmp_path: Path) -> None:
         for _ in range(3):
             out = model(prompts(16, 1), use_cache=True, past_key_values=out.past_key_values)
         session.flush()
+        assert session.status()["ring"]["captured_rows"] == 16 * 8 + 3  # of the others nothing more came into the ring
         for number, request in enumerate(numbers):
             assert captured(session, request, "blocks.0.hook_resid_post") == (set(range(5, 8)) if number == 11 else set())
             assert captured(session, request, "blocks.1.hook_resid_post") == set(range(8))

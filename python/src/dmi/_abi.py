@@ -274,7 +274,9 @@ class ClauseStruct(ctypes.LittleEndianStructure):
         ("level", ctypes.c_uint8),
         ("region", ctypes.c_uint8),
         ("phases", ctypes.c_uint8),
-        ("spare", ctypes.c_uint8 * 7),
+        ("one", ctypes.c_uint8),
+        ("spare", ctypes.c_uint8 * 6),
+        ("request", ctypes.c_uint64),
     ]
 
 
@@ -431,7 +433,7 @@ assert ctypes.sizeof(LaneStruct) == 512
 assert ctypes.sizeof(ControlStruct) == 6144
 assert ctypes.sizeof(SiteStruct) == 256
 assert ctypes.sizeof(GateStruct) == 8
-assert ctypes.sizeof(ClauseStruct) == 48
+assert ctypes.sizeof(ClauseStruct) == 56
 assert ctypes.sizeof(WatchStruct) == 40
 assert ctypes.sizeof(KeepStruct) == 24
 assert ctypes.sizeof(RecordStruct) == 128

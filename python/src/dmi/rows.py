@@ -48,6 +48,8 @@ class Row:
     done: int = 0
     """Positions below this were computed; computing one again is another attempt."""
     attempt: int = 0
+    prompt: int = 0
+    """Tokens of its prompt: those of its first step; 0: nobody saw it begin."""
     flags: int = 0
     """Of its spans."""
     tokens: list[int] | None = field(default_factory=list)
@@ -131,6 +133,8 @@ def spans(forward: Forward, rows: Sequence[Row], *, skip: Sequence[bool] = (), k
             row.key_first = forward.past + next((i for i, flag in enumerate(flags) if flag), 0)
         if row.valid < row.done:
             row.attempt += 1
+        if row.valid == row.done == 0:
+            row.prompt = sum(1 for flag in flags if flag)
         for first, count in runs(flags):
             position = row.valid
             if keyed and forward.past + first - row.key_first != position:
@@ -140,7 +144,7 @@ def spans(forward: Forward, rows: Sequence[Row], *, skip: Sequence[bool] = (), k
                     "other; pad on the left, or leave attn.hook_attn_scores and attn.hook_pattern out"
                 )
             phase = DECODE if forward.tokens == 1 and position > 0 else PREFILL
-            common = (row.key_first, row.attempt, phase, row.flags, 0)
+            common = (row.key_first, row.attempt, phase, row.flags, row.prompt)
             out.append(_SPAN.pack(row.request, TOKENS, index, first, count, position, *common))
             for kept_first, column, kept_count in _kept(forward, first, count):
                 out.append(
@@ -197,7 +201,9 @@ def packed(requests: Sequence[Row], counts: Sequence[int]) -> bytes:
     out, first = [], 0
     for row, count in zip(requests, counts, strict=True):
         phase = DECODE if count == 1 and row.valid > 0 else PREFILL
-        common = (row.valid, row.key_first, row.attempt, phase, 0, 0)
+        if row.valid == row.done == 0:
+            row.prompt = count
+        common = (row.valid, row.key_first, row.attempt, phase, 0, row.prompt)
         for space in (TOKENS, LOGITS):
             out.append(_SPAN.pack(row.request, space, 0, first, count, *common))
         row.valid = row.done = row.valid + count
@@ -210,11 +216,13 @@ def padded(rows: Sequence[Row], forward: Forward) -> bytes:
     assert forward.mask is not None
     out = []
     for index, row in enumerate(rows):
+        if row.valid == row.done == 0:
+            row.prompt = sum(1 for flag in forward.mask[index] if flag)
         for first, count in runs(forward.mask[index]):
             phase = DECODE if forward.tokens == 1 and row.valid > 0 else PREFILL
             for space in (TOKENS, LOGITS):
                 out.append(
-                    _SPAN.pack(row.request, space, index, first, count, row.valid, first, row.attempt, phase, 0, 0)
+                    _SPAN.pack(row.request, space, index, first, count, row.valid, first, row.attempt, phase, 0, row.prompt)
                 )
             row.valid = row.done = row.valid + count
     return b"".join(out)
