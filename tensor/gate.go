@@ -51,7 +51,7 @@ type GateClause struct {
 	Seed        uint64 // of the hash
 	One         bool   // of Request alone
 	Request     uint64
-	Phases      uint8  // a bit for each
+	Phases      uint8 // a bit for each
 	Region      Region
 	Start, Stop uint64
 	Step        uint32
