@@ -35,7 +35,7 @@ func (c *conformance) policies(request string) {
 	}
 	for document, said := range map[string]string{
 		"rules: [{level: half}]": "line 1, column 17",
-		"budgets: {copied_bytes_per_s: 1}\nrules: [{level: full, tokens: generated, degrade: [stats]}]": "stats does not hold copied_bytes_per_s",
+		"budgets: {copied_bytes_per_s: 1}\nrules: [{level: full, requests: {tags: [a]}, degrade: [stats]}]": "stats does not hold copied_bytes_per_s",
 		"triggers: [{when: {probe: p, above: 0}}]":                                                      "line 1: trigger 1: probe",
 		"triggers: [{promote: '**', when: {}}]":                                                         "say nonfinite: true",
 	} {
