@@ -36,8 +36,8 @@ func (c *conformance) policies(request string) {
 	for document, said := range map[string]string{
 		"rules: [{level: half}]": "line 1, column 17",
 		"budgets: {copied_bytes_per_s: 1}\nrules: [{level: full, requests: {tags: [a]}, degrade: [stats]}]": "stats does not hold copied_bytes_per_s",
-		"triggers: [{when: {probe: p, above: 0}}]":                                                      "line 1: trigger 1: probe",
-		"triggers: [{promote: '**', when: {}}]":                                                         "say nonfinite: true",
+		"triggers: [{when: {probe: p, above: 0}}]":                                                          "line 1: trigger 1: probe",
+		"triggers: [{promote: '**', when: {}}]":                                                             "say nonfinite: true",
 	} {
 		_, body := c.send("PUT", "/v1/policy", textBody, []byte(document), 400, true)
 		if !strings.Contains(string(body), said) {
