@@ -8,7 +8,7 @@ import (
 
 const everyPhase = 1<<Prefill | 1<<Decode
 
-// mostClauses is how many a gate may have: with more, a producer would ask each of them of every row of a step.
+// mostClauses bounds a gate: a producer asks each clause of every span of a step, on the thread of the model.
 const mostClauses = 128
 
 // Gate is what a producer must give for a class: exactly the rows that it selects where a producer can tell them apart, by number, phase, sample and position; else a level from which

@@ -26,15 +26,20 @@ DMI_BOTH inline uint64_t request_hash(uint64_t seed, uint64_t request) {
   return x ^ x >> 31;
 }
 
-DMI_BOTH inline bool clause_takes(const dmi_clause& c, const dmi_span& span, uint32_t position) {
+// Whether a clause may take rows of a span, whatever their positions.
+inline bool clause_asks(const dmi_clause& c, const dmi_span& span) {
   if (c.one != 0 && span.request != c.request) return false;
   if (c.threshold != 0 && request_hash(c.seed, span.request) >= c.threshold) return false;
   if ((c.phases >> span.phase & 1) == 0) return false;
+  if (span.prompt != 0) return true;
+  // Not known: the phase says what is prompt, and nothing where it ends.
+  if (c.region == DMI_REGION_PROMPT && span.phase != DMI_PHASE_PREFILL) return false;
+  return c.region != DMI_REGION_GENERATED && int64_t(c.start) >= 0 && int64_t(c.stop) >= 0;
+}
+
+// Of a clause that asks for some rows of the span: whether this is one of them.
+inline bool clause_takes(const dmi_clause& c, const dmi_span& span, uint32_t position) {
   const int64_t start = int64_t(c.start), stop = int64_t(c.stop), none = int64_t(DMI_OPEN_END), prompt = int64_t{span.prompt};
-  if (prompt == 0) {  // not known: the phase says what is prompt, and nothing where it ends
-    if (c.region == DMI_REGION_PROMPT && span.phase != DMI_PHASE_PREFILL) return false;
-    if (c.region == DMI_REGION_GENERATED || start < 0 || stop < 0) return false;
-  }
   const int64_t begin = c.region == DMI_REGION_GENERATED ? prompt : 0;
   const int64_t end = c.region == DMI_REGION_PROMPT && prompt != 0 ? prompt : none;
   auto place = [&](int64_t v) -> int64_t {
@@ -46,15 +51,16 @@ DMI_BOTH inline bool clause_takes(const dmi_clause& c, const dmi_span& span, uin
   return p >= from && p < to && (c.step <= 1 || (p - from) % c.step == 0);
 }
 
-DMI_BOTH inline uint8_t sampled_level(uint8_t level, uint32_t stride, uint32_t position) {
+inline uint8_t sampled_level(uint8_t level, uint32_t stride, uint32_t position) {
   if (level == DMI_LEVEL_SAMPLED) return stride > 1 && position % stride != 0 ? uint8_t{DMI_LEVEL_OFF} : uint8_t{DMI_LEVEL_FULL};
   return level < DMI_LEVEL_OFF ? level : uint8_t{DMI_LEVEL_OFF};
 }
 
-// The level of a row. `clauses`: the gate's own.
-DMI_BOTH inline uint8_t row_level(const dmi_gate& gate, const dmi_clause* clauses, const dmi_span& span, uint32_t position) {
-  for (uint32_t i = 0; i < gate.clauses; ++i) {
-    if (clause_takes(clauses[i], span, position)) return sampled_level(clauses[i].level, clauses[i].stride, position);
+// The level of a row. `clauses`: those of the gate's own that ask for rows of its span, in order.
+template <typename Clauses>
+uint8_t row_level(const dmi_gate& gate, const Clauses& clauses, const dmi_span& span, uint32_t position) {
+  for (const dmi_clause* c : clauses) {
+    if (clause_takes(*c, span, position)) return sampled_level(c->level, c->stride, position);
   }
   return sampled_level(gate.level, gate.stride, position);
 }

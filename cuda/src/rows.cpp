@@ -94,10 +94,14 @@ void Selection::apply(const RowLists& lists, const dmi_span* spans, uint32_t cou
     for (uint32_t i = 0; i < count; ++i) {
       const dmi_span& span = spans[i];
       if (span.space != space || (span.flags & DMI_SPAN_NO_ROWS) != 0) continue;
+      asking_.clear();  // requests and phases are the same for all of a span's rows, which may be thousands
+      for (const dmi_clause& c : clauses_) {
+        if (clause_asks(c, span)) asking_.push_back(&c);
+      }
       for (uint32_t n = 0; n < span.count;) {
-        const uint8_t level = row_level(gate_, clauses_.data(), span, span.position + n);
+        const uint8_t level = row_level(gate_, asking_, span, span.position + n);
         uint32_t same = 1;
-        while (n + same < span.count && row_level(gate_, clauses_.data(), span, span.position + n + same) == level) ++same;
+        while (n + same < span.count && row_level(gate_, asking_, span, span.position + n + same) == level) ++same;
         append(lists_[level][space], span, n, same);
         for (const uint32_t end = row + same; row < end; ++row) {
           append(runs_[level], row, {0, 0, 0, number, uint8_t(space), level});

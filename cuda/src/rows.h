@@ -62,6 +62,7 @@ class Selection {
  private:
   const dmi_gate gate_;
   const std::vector<dmi_clause> clauses_;
+  std::vector<const dmi_clause*> asking_;  // of the span at hand
   std::array<RowLists, DMI_LEVELS> lists_;
   std::array<std::vector<dmi_run>, DMI_LEVELS> runs_;  // of the space at hand
 };

@@ -130,7 +130,7 @@ struct Meeting {
   uint32_t whole;    // tensors that were granted room whole
   uint32_t rows;     // of the next one
   uint32_t first;    // the block that reserved
-  uint32_t records;  // of the group
+  uint32_t records;  // of the group; as `slot`, for the last block: whoever writes them arrives at `done` after it
   // Of watched steps.
   uint32_t claimed, watched;  // units of rows that were taken up; that were held against the conditions
   uint32_t lots, lots_at;     // in Fixed::lots; none where the group goes the levelled way
