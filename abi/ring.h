@@ -272,9 +272,12 @@ struct dmi_gate {
 
 enum dmi_region { DMI_REGION_ALL = 0, DMI_REGION_PROMPT = 1, DMI_REGION_GENERATED = 2 };
 
-/* Takes the rows of requests whose hash is below `threshold`, or of one alone, in `phases`, at positions of a window: start, start + step, ... below
- * stop, counted from where the region begins. Of a request whose spans do not say how long its prompt is, GENERATED and what is counted from the
- * prompt's end take no row, and PROMPT those of phase PREFILL. Writer: engine, with the gates. cuda/src/levels.h says it in code. */
+/* Takes the rows of requests whose hash is below `threshold`, of one alone, or of a group, in `phases`, at positions of a window: start, start + step, ...
+ * below stop, counted from where the region begins. Of a request whose spans do not say how long its prompt is, GENERATED and what is counted from the
+ * prompt's end take no row, and PROMPT those of phase PREFILL.
+ * Groups are what rules by ids and tags mean. The engine names them over the control socket; the producer, which has ids and tags, says of each request
+ * which it is in. Until it does so for the very groups that a clause names, its requests are of DMI_GROUP_UNKNOWN and of none else.
+ * Writer: engine, with the gates. cuda/src/levels.h says it in code. */
 struct dmi_clause {
   uint64_t seed;      /* of the hash: splitmix64 of the request's number */
   uint64_t threshold; /* 0: every request */
@@ -286,9 +289,13 @@ struct dmi_clause {
   uint8_t region;     /* dmi_region */
   uint8_t phases;     /* a bit for each dmi_phase that it takes */
   uint8_t one;        /* 1: of `request` alone */
-  uint8_t spare[6];
+  uint8_t group;      /* 0: any request; 1 to DMI_MAX_GROUPS: those of this group; DMI_GROUP_UNKNOWN */
+  uint8_t spare[5];
   uint64_t request;
+  uint64_t groups; /* which groups `group` is one of, by the name that the engine gave them; never 0 where `group` is not */
 };
+#define DMI_MAX_GROUPS 64
+#define DMI_GROUP_UNKNOWN 255 /* requests of which the producer has not said which of the groups they are in */
 
 /* A condition on a row, evaluated by the op itself: what meets it is captured in the step that it happens in, without anything else taking room.
  * NONFINITE: the row has a NaN or an infinity. STATISTIC: a figure of the row is above or below a bound. PROBE: so is the weights' product with the row's
@@ -484,7 +491,7 @@ DMI_STATIC_ASSERT(offsetof(struct dmi_control, lane) == 2048, "control.lane");
 DMI_STATIC_ASSERT(sizeof(struct dmi_site) == 256, "site");
 DMI_STATIC_ASSERT(offsetof(struct dmi_site, name_bytes) == 20, "site.name_bytes");
 DMI_STATIC_ASSERT(sizeof(struct dmi_gate) == 8, "gate");
-DMI_STATIC_ASSERT(sizeof(struct dmi_clause) == 56, "clause");
+DMI_STATIC_ASSERT(sizeof(struct dmi_clause) == 64, "clause");
 DMI_STATIC_ASSERT(sizeof(struct dmi_watch) == 40, "watch");
 DMI_STATIC_ASSERT(sizeof(struct dmi_keep) == 24, "keep");
 DMI_STATIC_ASSERT(sizeof(struct dmi_run) == 16, "run");

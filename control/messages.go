@@ -123,6 +123,12 @@ type eventMessage struct {
 	Message string `json:"message"`
 }
 
+type groupsMessage struct {
+	Type   string         `json:"type"`
+	Groups uint64         `json:"groups"`
+	Sets   []tensor.Group `json:"sets"`
+}
+
 type errorMessage struct {
 	Type    string `json:"type"`
 	Code    string `json:"code"`

@@ -79,6 +79,7 @@ type Options struct {
 // Gates say at what level a session's sites are captured.
 type Gates struct {
 	Revision uint64
+	Groups   tensor.Groups                                                                          // that the gates name
 	Of       func(session uint32, mode string, sites []tensor.Site) ([]tensor.Gate, []tensor.Watch) // those of a session in a mode; nil: all in full
 }
 

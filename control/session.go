@@ -55,6 +55,7 @@ type session struct {
 	finishes []requestEndMessage
 	closed   uint64 // highest step that was closed on any lane
 	stripped bool
+	groups   uint64 // the name of those that the producer was told
 }
 
 // begin maps the ring, introduces the session to the store, and starts draining. The descriptors are the session's once it returns no error.
@@ -191,6 +192,9 @@ func (x *session) applyGates() {
 	x.server.mu.Lock()
 	g := x.server.gates
 	x.server.mu.Unlock()
+	if g.Groups.Name != x.groups && x.out.send(groupsMessage{"groups", g.Groups.Name, append([]tensor.Group{}, g.Groups.Sets...)}) { // who was not told gives what any request may need
+		x.groups = g.Groups.Name
+	}
 	gates, watches := make([]tensor.Gate, len(x.sites)), []tensor.Watch(nil)
 	if g.Of != nil {
 		gates, watches = g.Of(x.number, x.hello.Mode, x.sites)

@@ -16,6 +16,7 @@ type Document struct {
 	Default  Level  // of rows that none selects
 	Budgets  Budgets
 	Triggers []Trigger
+	Groups   tensor.Groups // that its rules name
 }
 
 // Bounds of a document.
@@ -102,7 +103,9 @@ type Selection struct {
 	Phase  *Phase
 	Tokens []Window // one must fit
 
-	sites []func(tensor.Site) bool // Hooks, compiled
+	sites  []func(tensor.Site) bool // Hooks, compiled
+	group  uint8                    // which of the document's groups IDs and Tags are; 0: none
+	groups uint64                   // the name of those
 }
 
 // Layers is a range, both ends included.

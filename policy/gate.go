@@ -16,6 +16,12 @@ const mostClauses = 128
 func (c *Class) Gate() tensor.Gate {
 	last := len(c.Clauses) - 1
 	gate := tensor.Gate{Level: c.Clauses[last].Level.Level, Stride: c.Clauses[last].Level.Stride}
+	for i := range c.Clauses[:last] { // what a producer does not know of a request yet may be anything
+		if rows := c.Clauses[i].Rows; rows != nil && rows.group != 0 {
+			gate.Clauses = []tensor.GateClause{{Level: c.enough(), Phases: everyPhase, Stop: math.MaxInt64, Step: 1, Group: tensor.UnknownGroup, Groups: rows.groups}}
+			break
+		}
+	}
 	for i := range c.Clauses { // one number for all rows of a site: what a row has more than its own is left out later
 		gate.Top = max(gate.Top, uint8(c.Clauses[i].Level.Top))
 	}
@@ -56,14 +62,15 @@ func (c *Class) enough() tensor.Level {
 	return level
 }
 
-// gate is a clause for producers; they know requests by their numbers, not by ids and tags.
+// gate is a clause for producers; they know requests by their numbers and groups.
 func (c *Clause) gate() (clauses []tensor.GateClause, exact bool) {
 	one := tensor.GateClause{Level: c.Level.Level, Stride: c.Level.Stride, Phases: everyPhase, Stop: math.MaxInt64, Step: 1}
 	windows := []Window{{Stop: unbounded, Step: 1}}
 	if c.Rows != nil {
-		if len(c.Rows.IDs)+len(c.Rows.Tags) > 0 {
+		if len(c.Rows.IDs)+len(c.Rows.Tags) > 0 && c.Rows.group == 0 {
 			return nil, false
 		}
+		one.Group, one.Groups = c.Rows.group, c.Rows.groups
 		if c.Rows.Sample > 0 {
 			one.Seed, one.Threshold = c.Rows.Seed, Threshold(c.Rows.Sample)
 			if one.Threshold == 0 { // which would be every request

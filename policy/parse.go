@@ -38,6 +38,7 @@ func Parse(text []byte) (*Document, error) {
 		field{"budgets", func(n *yaml.Node) { d.Budgets = r.budgets(n) }},
 		field{"triggers", func(n *yaml.Node) { d.Triggers = r.triggers(n) }},
 	)
+	d.group()
 	return d, r.err()
 }
 

@@ -28,6 +28,7 @@ func TestParse(t *testing.T) {
 	want := &Document{
 		Text:    string(text),
 		Default: off,
+		Groups:  tensor.Groups{Sets: []tensor.Group{{IDs: []string{"prod-*"}, Tags: []string{"eu", "17"}}}},
 		Rules: []Rule{
 			{Name: "patterns of two layers", Line: 7, Select: Selection{Hooks: []string{"attn.hook_pattern"}, Layers: []Layers{{3, 3}, {8, 1 << 20}},
 				Tokens: []Window{{Prompt, -1, unbounded, 1}, {Generated, 0, 32, 1}}}, Priority: 5, Degrade: []Level{off}},
@@ -44,7 +45,7 @@ func TestParse(t *testing.T) {
 			{Name: "lies", Line: 49, When: Condition{Probe: "probes/lies.safetensors", Above: &above, Warmup: 100}, Cooldown: 0},
 		},
 	}
-	if diff := cmp.Diff(want, got, cmpopts.IgnoreFields(Selection{}, "sites")); diff != "" {
+	if diff := cmp.Diff(want, got, cmpopts.IgnoreFields(Selection{}, "sites", "group", "groups"), cmpopts.IgnoreFields(tensor.Groups{}, "Name")); diff != "" {
 		t.Error(diff)
 	}
 }

@@ -160,13 +160,20 @@ func TestPlansSayWhatTheReferenceSays(t *testing.T) {
 					if got, _ := plan.Row(i, r, token); got != want {
 						t.Fatalf("%s\n%v %v at %s: %+v, want %+v", d.Text, r, token, site.Name, got, want)
 					}
-					// A producer gives what is kept, or more of it in full.
-					kept, gives := want.Level.Level, given(plan.Classes[plan.Of[i]].Gate(), r, token)
-					if kept == tensor.Sampled {
+					// A producer gives just what is kept; of requests that it does not know yet, that or more in full.
+					kept := want.Level.Level
+					switch {
+					case !want.Kept:
+						kept = tensor.Off
+					case kept == tensor.Sampled:
 						kept = tensor.Full
 					}
-					if want.Kept && gives != kept && gives != tensor.Full {
+					gate := plan.Classes[plan.Of[i]].Gate()
+					if gives := given(gate, r, token, &d.Groups); gives != kept {
 						t.Fatalf("%s\n%v %v at %s: the gate gives %v, and %v is kept", d.Text, r, token, site.Name, gives, kept)
+					}
+					if gives := given(gate, r, token, nil); want.Kept && gives != kept && gives != tensor.Full {
+						t.Fatalf("%s\n%v %v at %s: of an unknown request the gate gives %v, and %v is kept", d.Text, r, token, site.Name, gives, kept)
 					}
 				}
 			}
@@ -182,11 +189,11 @@ func TestPlansSayWhatTheReferenceSays(t *testing.T) {
 }
 
 // The share of requests sampled is what was asked for, and nested: who is in a sample of a tenth is in one of a half.
-// given is the level at which a producer gives a row, as abi/ring.h says.
-func given(g tensor.Gate, r Request, t Token) tensor.Level {
+// given is the level at which a producer gives a row, as abi/ring.h says. groups: those that it was told; nil: none yet.
+func given(g tensor.Gate, r Request, t Token, groups *tensor.Groups) tensor.Level {
 	level, stride := g.Level, g.Stride
 	for _, c := range g.Clauses {
-		sampled := (c.Threshold == 0 || Hash(c.Seed, r.Number) < c.Threshold) && (!c.One || c.Request == r.Number)
+		sampled := (c.Threshold == 0 || Hash(c.Seed, r.Number) < c.Threshold) && (!c.One || c.Request == r.Number) && inGroup(c, r, groups)
 		if sampled && c.Phases>>t.Phase&1 == 1 && inRegion(c, r, t) {
 			level, stride = c.Level, c.Stride
 			break
@@ -199,6 +206,26 @@ func given(g tensor.Gate, r Request, t Token) tensor.Level {
 		return tensor.Full
 	}
 	return tensor.Off
+}
+
+func inGroup(c tensor.GateClause, r Request, groups *tensor.Groups) bool {
+	known := groups != nil && groups.Name == c.Groups
+	switch c.Group {
+	case 0:
+		return true
+	case tensor.UnknownGroup:
+		return !known
+	}
+	if !known {
+		return false
+	}
+	g := groups.Sets[c.Group-1]
+	for _, tag := range g.Tags {
+		if !slices.Contains(r.Tags, tag) {
+			return false
+		}
+	}
+	return len(g.IDs) == 0 || slices.ContainsFunc(g.IDs, func(id string) bool { return tensor.MatchText(id, r.ID) })
 }
 
 // inRegion counts the region's positions one by one, as far as any test goes.

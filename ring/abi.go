@@ -25,6 +25,8 @@ const (
 	OpenEnd        uint64 = 0x7fffffffffffffff
 	SiteOptional          = 1
 	SiteEvent             = 2
+	MaxGroups             = 64
+	GroupUnknown          = 255
 	RecordGathered        = 1
 	RecordKept            = 2
 	RecordOffer           = 4
@@ -488,7 +490,7 @@ func (g *Gate) Encode(b []byte) {
 
 // struct dmi_clause: size and offsets in bytes.
 const (
-	ClauseSize            = 56
+	ClauseSize            = 64
 	ClauseSeedOffset      = 0
 	ClauseThresholdOffset = 8
 	ClauseStartOffset     = 16
@@ -499,7 +501,9 @@ const (
 	ClauseRegionOffset    = 39
 	ClausePhasesOffset    = 40
 	ClauseOneOffset       = 41
+	ClauseGroupOffset     = 42
 	ClauseRequestOffset   = 48
+	ClauseGroupsOffset    = 56
 )
 
 // Clause is a copy of struct dmi_clause.
@@ -514,7 +518,9 @@ type Clause struct {
 	Region    uint8  // dmi_region
 	Phases    uint8  // a bit for each dmi_phase that it takes
 	One       uint8  // 1: of `request` alone
+	Group     uint8  // 0: any request; 1 to DMI_MAX_GROUPS: those of this group; DMI_GROUP_UNKNOWN
 	Request   uint64
+	Groups    uint64 // which groups `group` is one of, by the name that the engine gave them; never 0 where `group` is not
 }
 
 // Decode reads c from the first ClauseSize bytes of b.
@@ -530,7 +536,9 @@ func (c *Clause) Decode(b []byte) {
 	c.Region = b[39]
 	c.Phases = b[40]
 	c.One = b[41]
+	c.Group = b[42]
 	c.Request = binary.LittleEndian.Uint64(b[48:])
+	c.Groups = binary.LittleEndian.Uint64(b[56:])
 }
 
 // Encode writes c to the first ClauseSize bytes of b; padding becomes zero.
@@ -546,7 +554,9 @@ func (c *Clause) Encode(b []byte) {
 	b[39] = c.Region
 	b[40] = c.Phases
 	b[41] = c.One
+	b[42] = c.Group
 	binary.LittleEndian.PutUint64(b[48:], c.Request)
+	binary.LittleEndian.PutUint64(b[56:], c.Groups)
 }
 
 // struct dmi_watch: size and offsets in bytes.

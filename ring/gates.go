@@ -88,7 +88,7 @@ func (r *Ring) encodeGates(gates []tensor.Gate) (table, clauses []byte, err erro
 				one = 1
 			}
 			(&Clause{Seed: c.Seed, Threshold: c.Threshold, Start: c.Start, Stop: c.Stop, Step: c.Step, Stride: uint16(max(1, c.Stride)), Level: uint8(c.Level), Region: uint8(c.Region),
-				Phases: c.Phases, One: one, Request: c.Request}).Encode(own[n*ClauseSize:])
+				Phases: c.Phases, One: one, Group: c.Group, Request: c.Request, Groups: c.Groups}).Encode(own[n*ClauseSize:])
 		}
 		if !g.Level.Valid() || g.Stride > math.MaxUint16 || g.Top > MostTop {
 			return nil, nil, fmt.Errorf("ring: gates: site %d: level %v, stride %d, top %d", i, g.Level, g.Stride, g.Top)

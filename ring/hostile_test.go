@@ -12,7 +12,7 @@ import (
 func goodHeader() Header {
 	return Header{Magic: Magic, Version: ABIVersion, Mode: ModeComplete, TotalBytes: 2 << 20, Lanes: 2, RecordCapacity: 64, CommandCapacity: 16, SiteCapacity: 8,
 		PayloadBytes: 1 << 16, TableBytes: 4096, StagingBytes: 1 << 16, SpillBytes: 8192, ControlOffset: 4096, SitesOffset: 12288, GatesOffset: 16384,
-		RecordsOffset: 1126400, TablesOffset: 1142784, CommandsOffset: 1150976, StagingOffset: 1155072, SpillOffset: 1220608}
+		RecordsOffset: 1134592, TablesOffset: 1150976, CommandsOffset: 1159168, StagingOffset: 1163264, SpillOffset: 1228800}
 }
 
 // Every field of a header that lies is refused with its name.

@@ -129,7 +129,7 @@ func (h *Helm) Steer(p Producers) {
 }
 
 func (f force) gates() control.Gates {
-	return control.Gates{Revision: f.revision.Number, Of: f.gatesOf}
+	return control.Gates{Revision: f.revision.Number, Groups: f.document.Groups, Of: f.gatesOf}
 }
 
 // Set puts a document into force, from the next step of every producer on. Errors: *policy.ParseError, ErrReadOnly, the ledger's; then

@@ -42,7 +42,26 @@ const (
 	Generated
 )
 
-// GateClause takes rows of requests in a sample, or of one alone, in some phases, at positions Start, Start + Step, ... below Stop of a region. Of those two, negative ones, in two's
+// Groups are the sets of requests that rules name by ids and tags. A producer, who has ids and tags, is told them, and tells the rows of one from others' by its place
+// here, from 1 on.
+type Groups struct {
+	Name uint64  // made of what they are: equal groups have equal names; 0: there are none
+	Sets []Group // at most MaxGroups
+}
+
+// Group is of requests one of whose ids fits one of IDs, as MatchText says (none given: all do), and that have all Tags, their own or their run's.
+type Group struct {
+	IDs  []string `json:"ids"`
+	Tags []string `json:"tags"`
+}
+
+// MaxGroups that a producer can tell apart. UnknownGroup is of requests of which it has not said yet in which they are.
+const (
+	MaxGroups    = 64
+	UnknownGroup = 255
+)
+
+// GateClause takes rows of requests in a sample, of one alone, or in a group, in some phases, at positions Start, Start + Step, ... below Stop of a region. Of those two, negative ones, in two's
 // complement, count from the prompt's end.
 type GateClause struct {
 	Level       Level
@@ -51,7 +70,9 @@ type GateClause struct {
 	Seed        uint64 // of the hash
 	One         bool   // of Request alone
 	Request     uint64
-	Phases      uint8 // a bit for each
+	Group       uint8  // of Groups, from 1 on; 0: any request; UnknownGroup
+	Groups      uint64 // the name of the groups, as producers were told them
+	Phases      uint8  // a bit for each
 	Region      Region
 	Start, Stop uint64
 	Step        uint32

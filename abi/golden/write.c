@@ -75,7 +75,7 @@ static void site(void) {
   struct dmi_gate g = {.level = DMI_LEVEL_SAMPLED, .top = 61, .stride = 65535, .clause = 1000, .clauses = 24};
   dump("gate", &g, sizeof g);
   struct dmi_clause c = {.seed = 0x8000000000000003, .threshold = 91, .start = 0xfffffffffffffffe, .stop = DMI_OPEN_END, .step = 92, .stride = 93,
-                         .level = DMI_LEVEL_INT8, .region = DMI_REGION_PROMPT, .phases = 2, .one = 1, .request = 0x8000000000000005};
+                         .level = DMI_LEVEL_INT8, .region = DMI_REGION_PROMPT, .phases = 2, .one = 1, .group = 98, .request = 0x8000000000000005, .groups = 0x8000000000000007};
   dump("clause", &c, sizeof c);
   struct dmi_watch w = {.above = 0x4059000000000000, .below = 0xfff0000000000000, .bias = 0xbff8000000000000, .condition = DMI_CONDITION_PROBE, .statistic = 6,
                         .weight = 94, .elements = 95};

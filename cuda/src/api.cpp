@@ -147,6 +147,17 @@ int32_t dmi_ring_set_attached(int64_t ring, int32_t attached) {
   });
 }
 
+int32_t dmi_ring_set_groups(int64_t ring, uint64_t groups, const uint64_t* requests, const uint64_t* members, uint32_t count) {
+  return dmi::with_ring("say who requests are", ring, [&](Ring& r) -> int32_t {
+    if (members == nullptr) {
+      r.groups().forget(requests, count);
+    } else {
+      r.groups().tell(groups, requests, members, count);
+    }
+    return DMI_OK;
+  });
+}
+
 int32_t dmi_ring_counters(int64_t ring, dmi_counters* counters, uint32_t lanes, dmi_gauges* gauges) {
   return dmi::with_ring("read the ring's counters", ring,
                         [&](Ring& r) -> int32_t { return int32_t(r.counters(counters, lanes, *gauges)); });

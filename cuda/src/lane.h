@@ -67,6 +67,7 @@ class Lane {
     std::vector<uint8_t> top;  // of rows at STATS
     std::vector<dmi_clause> clauses;
     std::vector<Selection> selections;
+    std::vector<Membership> members;             // by span, where a selection asks
     std::vector<dmi_run> runs;                   // of all selections
     std::vector<Watch> watches;                  // by index; those that no site names have no condition
     std::vector<dmi_keep> keeps;                 // by site

@@ -26,9 +26,21 @@ DMI_BOTH inline uint64_t request_hash(uint64_t seed, uint64_t request) {
   return x ^ x >> 31;
 }
 
+// The groups that a request is in.
+struct Membership {
+  uint64_t groups = 0;  // of these; 0: nothing was said of the request
+  uint64_t of = 0;      // a bit each
+};
+
+inline bool in_group(const dmi_clause& c, const Membership& request) {
+  const bool known = request.groups == c.groups;
+  return c.group == DMI_GROUP_UNKNOWN ? !known : known && c.group <= DMI_MAX_GROUPS && (request.of >> (c.group - 1) & 1) != 0;
+}
+
 // Whether a clause may take rows of a span, whatever their positions.
-inline bool clause_asks(const dmi_clause& c, const dmi_span& span) {
+inline bool clause_asks(const dmi_clause& c, const dmi_span& span, const Membership& request) {
   if (c.one != 0 && span.request != c.request) return false;
+  if (c.group != 0 && !in_group(c, request)) return false;
   if (c.threshold != 0 && request_hash(c.seed, span.request) >= c.threshold) return false;
   if ((c.phases >> span.phase & 1) == 0) return false;
   if (span.prompt != 0) return true;

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "device.h"
+#include "groups.h"
 #include "lane.h"
 #include "mapping.h"
 #include "pump.h"
@@ -60,6 +61,9 @@ class Ring {
   // What was closed by now is published when this returns. Throws Error at the bound.
   void settle(uint64_t bound_ns);
 
+  // Who requests are to the policy: from the next step on.
+  Groups& groups() { return groups_; }
+
   // ---- captures (capture.cpp; with a device, device_step.cpp)
   void capture(Lane& lane, const dmi_tensor* tensors, uint32_t count, void* stream);
   // Part of the graph that the stream records, if it records one: then a step need not be open.
@@ -109,6 +113,8 @@ class Ring {
   std::mutex sites_mutex_;       // writers of the site table
   std::vector<dmi_site> sites_;  // our own copy, never reallocated; entries below site_count_ never change
   std::atomic<uint32_t> site_count_{0};
+
+  Groups groups_;
 
   std::mutex gap_mutex_;
   Gap gap_;                           // not yet published; by whichever lane has room first

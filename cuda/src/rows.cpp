@@ -4,7 +4,6 @@
 #include <string>
 
 #include "error.h"
-#include "levels.h"
 
 namespace dmi {
 namespace {
@@ -82,11 +81,17 @@ void append(std::vector<dmi_run>& runs, uint32_t row, dmi_run fresh) {
 
 }  // namespace
 
+Selection::Selection(const dmi_gate& gate, std::vector<dmi_clause> clauses)
+    : gate_(gate),
+      clauses_(std::move(clauses)),
+      grouped_(std::any_of(clauses_.begin(), clauses_.end(), [](const dmi_clause& c) { return c.group != 0; })) {}
+
 bool Selection::same(const dmi_gate& gate) const {
   return gate.level == gate_.level && gate.stride == gate_.stride && gate.clause == gate_.clause && gate.clauses == gate_.clauses;
 }
 
-void Selection::apply(const RowLists& lists, const dmi_span* spans, uint32_t count, uint16_t number, std::vector<dmi_run>& runs) {
+void Selection::apply(const RowLists& lists, const dmi_span* spans, uint32_t count, const std::vector<Membership>& members, uint16_t number,
+                      std::vector<dmi_run>& runs) {
   for (uint32_t space = 0; space < DMI_SPACES; ++space) {
     for (RowLists& level : lists_) clear(level[space], lists[space].width);
     for (std::vector<dmi_run>& level : runs_) level.clear();
@@ -94,9 +99,10 @@ void Selection::apply(const RowLists& lists, const dmi_span* spans, uint32_t cou
     for (uint32_t i = 0; i < count; ++i) {
       const dmi_span& span = spans[i];
       if (span.space != space || (span.flags & DMI_SPAN_NO_ROWS) != 0) continue;
+      const Membership member = grouped_ ? members[i] : Membership{};
       asking_.clear();  // requests and phases are the same for all of a span's rows, which may be thousands
       for (const dmi_clause& c : clauses_) {
-        if (clause_asks(c, span)) asking_.push_back(&c);
+        if (clause_asks(c, span, member)) asking_.push_back(&c);
       }
       for (uint32_t n = 0; n < span.count;) {
         const uint8_t level = row_level(gate_, asking_, span, span.position + n);

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "dmi/dmi.h"
+#include "levels.h"
 
 namespace dmi {
 
@@ -48,11 +48,15 @@ struct RowSource {
 // The rows of a step by level, for sites with one gate: what a row table's runs say.
 class Selection {
  public:
-  Selection(const dmi_gate& gate, std::vector<dmi_clause> clauses) : gate_(gate), clauses_(std::move(clauses)) {}
+  Selection(const dmi_gate& gate, std::vector<dmi_clause> clauses);
 
   bool same(const dmi_gate& gate) const;
-  // Gives every row of a step its level. The runs of all spaces go behind `runs`, under this number.
-  void apply(const RowLists& lists, const dmi_span* spans, uint32_t count, uint16_t number, std::vector<dmi_run>& runs);
+  // Whether which groups a request is in matters.
+  bool grouped() const { return grouped_; }
+  // Gives every row of a step its level. The runs of all spaces go behind `runs`, under this number. `members`: by span; used where
+  // grouped().
+  void apply(const RowLists& lists, const dmi_span* spans, uint32_t count, const std::vector<Membership>& members, uint16_t number,
+             std::vector<dmi_run>& runs);
   // The rows of a level, in row-list order.
   const RowLists& at(uint32_t level) const { return lists_[level]; }
   // Records that are needed to say everything about the rows of a level: captured, and dropped. And about all rows of a space.
@@ -62,6 +66,7 @@ class Selection {
  private:
   const dmi_gate gate_;
   const std::vector<dmi_clause> clauses_;
+  const bool grouped_;
   std::vector<const dmi_clause*> asking_;  // of the span at hand
   std::array<RowLists, DMI_LEVELS> lists_;
   std::array<std::vector<dmi_run>, DMI_LEVELS> runs_;  // of the space at hand

@@ -162,8 +162,11 @@ void Ring::select(Lane& lane, const std::vector<dmi_gate>& gates) {
 // Which rows of the step have which level, and what the sites may need to say of them: the records for all of them together.
 uint64_t Ring::select_rows(Lane::Step& step, const Opening& opening) {
   step.runs.clear();
+  if (std::any_of(step.selections.begin(), step.selections.end(), [](const Selection& s) { return s.grouped(); })) {
+    groups_.find(opening.spans, opening.count, step.members);
+  }
   for (size_t i = 0; i < step.selections.size(); ++i) {
-    step.selections[i].apply(step.rows, opening.spans, opening.count, uint16_t(i + 1), step.runs);
+    step.selections[i].apply(step.rows, opening.spans, opening.count, step.members, uint16_t(i + 1), step.runs);
   }
   step.left.assign(step.sites, kRecordsPerSite);
   uint64_t records = 0;

@@ -169,8 +169,13 @@ void check_quantised(uint32_t level, const std::byte* got, const std::vector<dou
 }
 
 // The rule, written as slowly as it reads.
-bool takes(const dmi_clause& c, const dmi_span& span, uint32_t position) {
+bool takes(const dmi_clause& c, const dmi_span& span, uint32_t position, const std::map<uint64_t, uint64_t>& members, uint64_t groups) {
   if (c.one == 1 && span.request != c.request) return false;
+  if (c.group != 0) {
+    const bool said = c.groups == groups && members.contains(span.request);
+    if (c.group == DMI_GROUP_UNKNOWN && said) return false;
+    if (c.group != DMI_GROUP_UNKNOWN && !(said && (members.at(span.request) & (uint64_t{1} << (c.group - 1))))) return false;
+  }
   if (c.threshold != 0) {
     uint64_t x = span.request + (c.seed + 1) * 0x9e3779b97f4a7c15ull;
     x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
@@ -409,6 +414,8 @@ class World {
     std::vector<dmi_gate> gates;
     std::vector<dmi_keep> keeps;
     std::vector<dmi_clause> clauses;
+    std::map<uint64_t, uint64_t> members;
+    uint64_t groups;
     std::vector<std::map<uint64_t, uint64_t>> surely, perhaps;  // by site, by request: watches that were met
     std::set<std::pair<uint32_t, uint32_t>> offered;            // site and row
   };
@@ -445,6 +452,8 @@ class World {
       c.region = uint8_t(below(3));
       c.one = below(4) == 0 ? 1 : 0;
       c.request = below(12);
+      c.groups = 70 + below(2);
+      c.group = uint8_t(below(2) == 0 ? 0 : below(4) == 0 ? DMI_GROUP_UNKNOWN : 1 + below(2) * (DMI_MAX_GROUPS - 1));
       c.phases = uint8_t(1 + below(3));
       c.step = uint32_t(1 + below(4));
       c.stride = uint16_t(1 + below(4));
@@ -468,8 +477,27 @@ class World {
       std::atomic_ref(reinterpret_cast<uint64_t&>(mapping.gates()[i])).store(word, std::memory_order_relaxed);
     }
     clauses_ = clauses;
+    groups();
     watch(mapping);
     dmi::store_release(control.policy.value, version);
+  }
+
+  // Says of some requests which groups they are in, and forgets some.
+  void groups() {
+    const uint64_t named = 70 + below(3);
+    if (named != groups_) members_.clear();
+    groups_ = named;
+    std::vector<uint64_t> requests, members;
+    for (uint64_t request = 0; request < 12; ++request) {
+      if (below(3) == 0) continue;
+      requests.push_back(request);
+      members.push_back(random_());
+      members_[request] = members.back();
+    }
+    CHECK_EQ(dmi_ring_set_groups(ring_, named, requests.data(), members.data(), uint32_t(requests.size())), DMI_OK);
+    const uint64_t over = below(12);
+    CHECK_EQ(dmi_ring_set_groups(ring_, named, &over, nullptr, 1), DMI_OK);
+    members_.erase(over);
   }
 
   // Some conditions, on some sites, for some sites.
@@ -597,7 +625,7 @@ class World {
 
   // What see() compares with.
   void keep(uint64_t number) {
-    Step step{spans_, data_, size_, stride_, {}, {}, clauses_, {}, {}, {}};
+    Step step{spans_, data_, size_, stride_, {}, {}, clauses_, members_, groups_, {}, {}, {}};
     for (const Site& s : sites_) {
       step.gates.push_back(s.gate);
       step.keeps.push_back(s.keep);
@@ -657,7 +685,7 @@ class World {
         uint32_t stride = gate.stride;
         for (uint32_t c = 0; c < gate.clauses; ++c) {
           const dmi_clause& clause = step.clauses[gate.clause + c];
-          if (!takes(clause, span, span.position + i)) continue;
+          if (!takes(clause, span, span.position + i, step.members, step.groups)) continue;
           level = clause.level;
           stride = clause.stride;
           break;
@@ -778,6 +806,8 @@ class World {
   std::unique_ptr<Engine> engine_;
   std::vector<Site> sites_;
   std::vector<dmi_clause> clauses_;
+  std::map<uint64_t, uint64_t> members_;  // of what was said of requests
+  uint64_t groups_ = 0;
   std::vector<Watching> watches_;
   std::vector<uint32_t> group_;  // by site: which of the step's captures
   std::vector<dmi_span> spans_;

@@ -51,6 +51,7 @@ def test_rows_are_those_of_the_rule(rule: str, want: Any, tmp_path: Path) -> Non
     model = llama()
     with plainly(model.model.layers[1]) as seen, dmi.attach(model, RESIDUAL, store=tmp_path / "s", tags=["wanted"]) as session:
         session.policy.set(f"default: off\nrules:\n- level: full\n  hooks: blocks.1.hook_resid_post\n  {rule}\n")
+        session.flush()  # the producer was told of the rule's ids and tags
         model.generate(prompts(6, 7), max_new_tokens=8, do_sample=False, pad_token_id=0)
         session.flush()
         values, moved = torch.cat(seen, dim=1), 0
@@ -64,13 +65,38 @@ def test_rows_are_those_of_the_rule(rule: str, want: Any, tmp_path: Path) -> Non
             if rows and len(rows) < values.shape[1]:
                 with pytest.raises(dmi.IncompleteError, match="skipped"):
                     session.cache(request=request)["resid_post", 1]
-            if "ids" not in rule and "tags" not in rule:  # what a producer can tell by itself never came into the ring
-                moved += len(rows)
+            moved += len(rows)
             told = {p for p in range(values.shape[1]) if session.policy.explain(request, "blocks.1.hook_resid_post", position=p)[0]["captured"]}
             assert told == rows  # explain says what happened
-        if moved:
-            ring = session.status()["ring"]
-            assert ring["captured_rows"] == moved and ring["captured_bytes"] == moved * values[0, 0].nbytes
+        ring = session.status()["ring"]  # what the rule does not want never came into the ring
+        assert ring["captured_rows"] == moved and ring["captured_bytes"] == moved * values[0, 0].nbytes
+        assert balanced(session.coverage())
+
+
+def test_requests_of_rules_are_told_apart_in_the_ring_whoever_changes_what(tmp_path: Path) -> None:
+    """Requests begin under one document and go on under the next; their own tags and those of their runs count alike."""
+    model, site = llama(), "blocks.1.hook_resid_post"
+    with dmi.attach(model, site, store=tmp_path / "s", tags=["all"]) as session:
+
+        def moved(document: str) -> int:
+            session.policy.set("default: off\nrules:\n" + document)
+            session.flush()
+            before = session.status()["ring"]["captured_rows"]
+            with session.record(tags=["blue"]):
+                model.generate(prompts(2, 5), max_new_tokens=4, do_sample=False, pad_token_id=0)
+            with session.record(tags=["red", "blue"]):
+                model.generate(prompts(3, 5), max_new_tokens=4, do_sample=False, pad_token_id=0)
+            session.flush()
+            return int(session.status()["ring"]["captured_rows"]) - before
+
+        rows = 5 + 4 - 1
+        assert moved("- {level: full, requests: {tags: [blue]}}") == 5 * rows
+        assert moved("- {level: off, requests: {tags: [blue, red]}}\n- {level: full, requests: {tags: blue}}") == 2 * rows
+        assert moved("- {level: full, requests: {ids: '*.?', tags: red}, tokens: 'generated'}") == 3 * 3
+        assert moved("- {level: full, requests: {ids: ['*.1', '*[0]*']}}") == 2 * rows
+        assert moved("- {level: full, requests: {tags: [all]}}") == 0, "those of the session are not those of a run beside it"
+        sets = "".join(f"- {{name: r{i}, level: full, requests: {{tags: [t{i}]}}}}\n" for i in range(65))
+        assert moved(sets) == 5 * rows, "more groups than a producer can tell apart: it gives what any of them may need"
         assert balanced(session.coverage())
 
 

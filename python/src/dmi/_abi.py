@@ -23,6 +23,8 @@ MOST_TOP = 64
 OPEN_END = 0x7FFFFFFFFFFFFFFF
 SITE_OPTIONAL = 1
 SITE_EVENT = 2
+MAX_GROUPS = 64
+GROUP_UNKNOWN = 255
 RECORD_GATHERED = 1
 RECORD_KEPT = 2
 RECORD_OFFER = 4
@@ -275,8 +277,10 @@ class ClauseStruct(ctypes.LittleEndianStructure):
         ("region", ctypes.c_uint8),
         ("phases", ctypes.c_uint8),
         ("one", ctypes.c_uint8),
-        ("spare", ctypes.c_uint8 * 6),
+        ("group", ctypes.c_uint8),
+        ("spare", ctypes.c_uint8 * 5),
         ("request", ctypes.c_uint64),
+        ("groups", ctypes.c_uint64),
     ]
 
 
@@ -433,7 +437,7 @@ assert ctypes.sizeof(LaneStruct) == 512
 assert ctypes.sizeof(ControlStruct) == 6144
 assert ctypes.sizeof(SiteStruct) == 256
 assert ctypes.sizeof(GateStruct) == 8
-assert ctypes.sizeof(ClauseStruct) == 56
+assert ctypes.sizeof(ClauseStruct) == 64
 assert ctypes.sizeof(WatchStruct) == 40
 assert ctypes.sizeof(KeepStruct) == 24
 assert ctypes.sizeof(RecordStruct) == 128

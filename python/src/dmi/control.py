@@ -101,7 +101,7 @@ def dial(
                     raise EngineError(f"attach to the engine at {path}: {message.get('message')}", code=str(message.get("code", "")))
                 if message["type"] in ("welcome", "memory"):
                     welcome = message
-                elif welcome is None and message["type"] != "event":
+                elif welcome is None and message["type"] not in ("event", "groups"):
                     raise EngineError(f"attach to the engine at {path}: it answered {message['type']!r} to hello; is it an engine?")
                 else:
                     early.append(message)
@@ -136,11 +136,13 @@ class Link:
     `lock` guards the session's state and everything here; whoever changes state holds it while sending the change, so that
     messages go out in the order of the changes. Callbacks: `find` gives the control socket's path, starting an engine if
     it is the session's to start (raises EngineError, may take seconds, called without the lock); `token` is asked after it; `state` says all that a new
-    engine has to know (under the lock); `attached` is told whether an engine has the ring; `event` gets its events.
+    engine has to know (under the lock); `attached` is told whether an engine has the ring; `event` gets its events;
+    `groups` the groups of requests that its policy names, and their name (under the lock).
     """
 
     def __init__(self, *, lock: threading.RLock, hello: Message, token: Callable[[], str], fds: Sequence[int], find: Callable[[], str],
-                 state: Callable[[], list[Message]], attached: Callable[[bool], None], event: Callable[[str, str, str], None]) -> None:  # fmt: skip
+                 state: Callable[[], list[Message]], attached: Callable[[bool], None], event: Callable[[str, str, str], None],
+                 groups: Callable[[int, list[Message]], None]) -> None:  # fmt: skip
         self._lock = lock
         self._hello = hello
         self._token = token
@@ -149,6 +151,7 @@ class Link:
         self._state = state
         self._attached = attached
         self._event = event
+        self._groups = groups
         self._socket: socket.socket | None = None  # under _lock, as all below
         self._unframer = Unframer()
         self._early: list[Message] = []
@@ -177,6 +180,9 @@ class Link:
         with self._lock:
             self._socket = connection
             self._attached(True)
+        for message in self._early:  # of the policy among it, before there is a step
+            self._receive(message)
+        self._early = []
         self._thread.start()
 
     @property
@@ -373,6 +379,9 @@ class Link:
             if message.get("level") == "error" and message.get("code") == "store":
                 self._trouble = str(message.get("message", ""))
             self._event(str(message.get("level", "info")), str(message.get("code", "")), str(message.get("message", "")))
+        elif kind == "groups":
+            with self._lock:
+                self._groups(int(message["groups"]), list(message["sets"]))
         elif kind == "error":
             self._refused(EngineError(f"the engine ended the session: {message.get('message')}", code=str(message.get("code", ""))))
         elif kind == "bye":

@@ -10,7 +10,7 @@ import ctypes
 import struct
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,7 @@ def _load() -> ctypes.CDLL:
         ("dmi_ring_producer", i32, [handle, ctypes.c_char_p]),
         ("dmi_ring_add_site", handle, [handle, pointer(_abi.SiteStruct)]),
         ("dmi_ring_set_attached", i32, [handle, i32]),
+        ("dmi_ring_set_groups", i32, [handle, u64, pointer(u64), pointer(u64), u32]),
         ("dmi_ring_counters", i32, [handle, pointer(_abi.CountersStruct), u32, pointer(_Gauges)]),
         ("dmi_ring_closed_steps", i32, [handle, pointer(u64), u32]),
         ("dmi_ring_settle", i32, [handle, u64]),
@@ -345,6 +346,18 @@ class Ring:
     def set_attached(self, attached: bool) -> None:
         """Say whether an engine has the ring. Without one nobody is woken, and waits end at their bound."""
         _check(self._library, self._library.dmi_ring_set_attached(self._handle, int(attached)))
+
+    def set_groups(self, groups: int, members: Mapping[int, int | None]) -> None:
+        """Say which of the groups that the engine named `groups` requests are in, a bit each, by the requests' numbers; None: the request has no rows any
+        more. From the next step on. No-op on a closed ring."""
+        placed = {request: of for request, of in members.items() if of is not None}
+        over = [request for request, of in members.items() if of is None]
+        for requests, of in ((list(placed), list(placed.values())), (over, None)):
+            if requests:
+                array = ctypes.c_uint64 * len(requests)
+                status = self._library.dmi_ring_set_groups(self._handle, groups, array(*requests), None if of is None else array(*of), len(requests))
+                if status != _ERROR_CLOSED:
+                    _check(self._library, status)
 
     def counters(self) -> dict[str, Any]:
         """Sums over the lanes of what abi/ring.h's dmi_counters say, with `rows` by reason of what was not captured, and gauges of the

@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
 
+from dmi.groups import Groups
+
 IDS_KEPT = 100_000
 """Request ids that a session lists; a store lists all."""
 UNCONFIRMED = 1024
@@ -94,6 +96,9 @@ class Requests(Sequence[str]):
         """Tells the engine, without waiting; called under the lock."""
         self.crowded: Callable[[], None] = lambda: None
         """Called under the lock when many ended requests are not known to be durable."""
+        self.grouped: Callable[[int, dict[int, int | None]], None] = lambda groups, members: None
+        """Told, under the lock, which groups of those the engine named requests are in; None: such a request is over."""
+        self._groups: Groups | None = None
         self._text = text
         self._decode = decode
         self._pieces: dict[int, str] = {}
@@ -153,8 +158,19 @@ class Requests(Sequence[str]):
                 request = _Request(next(self._numbers), name, run, now, hidden, None if tokens is None else tokens[index], dict(labels or {}), list(tags))
                 self._requests[request.number] = request
                 batch.append(request)
+            if self._groups is not None:
+                self._place(batch)
             self.send({"type": "requests", "requests": [self._describe(request) for request in batch]})
             return [request.number for request in batch]
+
+    def regroup(self, name: int, sets: list[Message]) -> None:
+        """The engine's policy names these groups of requests from now on. Under the lock."""
+        self._groups = Groups(name, sets) if sets else None
+        self._place([request for request in self._requests.values() if not request.ended_ns])
+
+    def _place(self, requests: Sequence[_Request]) -> None:
+        if self._groups is not None:
+            self.grouped(self._groups.name, {request.number: self._groups.of(request.id, [*request.tags, *request.run.tags]) for request in requests})
 
     def _list(self, run: RunRecord, name: str) -> None:
         for ids in (self._ids, run.requests):
@@ -180,6 +196,8 @@ class Requests(Sequence[str]):
             record.ended_ns, record.reason, record.last_step = time.time_ns(), reason, step or 0
             told = [{"type": "requests", "requests": [self._describe(record)]}] if record.dirty else []
             record.dirty = False
+            if self._groups is not None:
+                self.grouped(self._groups.name, {request: None})
             self.send(*told, self._ending(record))
             self._unconfirmed += 1
             if self._unconfirmed >= UNCONFIRMED:

@@ -360,10 +360,11 @@ class Session:
     def _connect(self, hello: Message, token: Callable[[], str], find: Callable[[], str], starts: bool) -> None:
         assert self._ring is not None
         ring = self._ring
+        self.requests.grouped = ring.set_groups
 
         def open_link(path: str) -> Link:
             link = Link(lock=self.requests.lock, hello=hello, token=token, fds=ring.fds, find=find, state=self.requests.state,
-                        attached=self._attached, event=self._event)  # fmt: skip
+                        attached=self._attached, event=self._event, groups=self.requests.regroup)  # fmt: skip
             try:
                 link.open(path)
             except EngineError:
