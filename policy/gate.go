@@ -35,11 +35,13 @@ func (c *Class) Gate() tensor.Gate {
 	return gate
 }
 
-// Exact reports whether producers can tell the rows of all rules apart, so that what a rule leaves out does not leave the device.
+// Exact reports whether producers can tell the rows of all rules apart, whatever their sites, so that what a rule leaves out does not leave the device.
 func (d *Document) Exact() bool {
+	asked := 0
 	for i := range d.Rules {
 		if s := &d.Rules[i].Select; s.byRows() {
-			if _, exact := (&Clause{Rows: s}).gate(); !exact {
+			clauses, exact := (&Clause{Rows: s}).gate()
+			if asked += len(clauses); !exact || asked >= mostClauses {
 				return false
 			}
 		}

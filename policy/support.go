@@ -53,7 +53,7 @@ func (d *Document) Check(a Abilities) error {
 			case !a.Has(l.Level):
 				has(r.Line, r.Name+": degrade", l)
 			case !d.Pushable(l.Level):
-				bad(r.Line, "%s: degrade: %v does not hold copied_bytes_per_s: the rules tell rows apart by more than a producer can (%d sets of ids and tags; a sample too small to be anybody), and what is left out of those is copied all the same", r.Name, l, tensor.MaxGroups)
+				bad(r.Line, "%s: degrade: %v does not hold copied_bytes_per_s: the rules tell rows apart by more than a producer can (%d sets of ids and tags, %d windows; a sample too small to be anybody), and what is left out of those is copied all the same", r.Name, l, tensor.MaxGroups, mostClauses)
 			}
 		}
 		if r.Select.byRows() && !a.Rows {

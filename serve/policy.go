@@ -1,6 +1,7 @@
 package serve
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -65,6 +66,9 @@ func (s *Server) setPolicy(w *writer, c *call) error {
 			return &failure{http.StatusRequestEntityTooLarge, "over_limit", fmt.Sprintf("set the policy: more than %d bytes", policy.MaxBytes), "write fewer rules", nil}
 		}
 		return badArgument("send the whole document", "set the policy: read the body: %v", err)
+	}
+	if len(bytes.TrimSpace(text)) == 0 {
+		return badArgument("send the whole document; `default: full` captures everything", "set the policy: the body is empty")
 	}
 	status, err := s.options.Policy.Set(text, "set by "+c.token)
 	if err != nil {

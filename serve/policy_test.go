@@ -2,6 +2,7 @@ package serve
 
 import (
 	"encoding/json"
+	"fmt"
 	"net/http"
 	"net/http/httptest"
 	"strings"
@@ -10,6 +11,7 @@ import (
 	"dmi/internal/vfs"
 	"dmi/policy"
 	"dmi/steer"
+	"dmi/tensor"
 )
 
 var textBody = http.Header{"Content-Type": {"text/plain"}}
@@ -33,11 +35,16 @@ func (c *conformance) policies(request string) {
 	if s := status(body); s.Revision.Number != 1 || s.Revision.Text != text || s.Revision.Why != "set by local" || len(s.Rules) != 2 || s.Rules[1].Level != "off" {
 		c.Errorf("set: %s", body)
 	}
+	crowded := "budgets: {copied_bytes_per_s: 1}\nrules:\n"
+	for i := range tensor.MaxGroups + 1 {
+		crowded += fmt.Sprintf("- {name: r%d, level: full, requests: {tags: [t%d]}, degrade: [stats]}\n", i, i)
+	}
 	for document, said := range map[string]string{
 		"rules: [{level: half}]": "line 1, column 17",
-		"budgets: {copied_bytes_per_s: 1}\nrules: [{level: full, requests: {tags: [a]}, degrade: [stats]}]": "stats does not hold copied_bytes_per_s",
-		"triggers: [{when: {probe: p, above: 0}}]":                                                          "line 1: trigger 1: probe",
-		"triggers: [{promote: '**', when: {}}]":                                                             "say nonfinite: true",
+		crowded:                  "stats does not hold copied_bytes_per_s",
+		" \n":                    "the body is empty",
+		"triggers: [{when: {probe: p, above: 0}}]": "line 1: trigger 1: probe",
+		"triggers: [{promote: '**', when: {}}]":    "say nonfinite: true",
 	} {
 		_, body := c.send("PUT", "/v1/policy", textBody, []byte(document), 400, true)
 		if !strings.Contains(string(body), said) {

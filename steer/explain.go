@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"dmi/policy"
@@ -18,6 +19,7 @@ type Status struct {
 	Default  string          `json:"default"`
 	Rules    []RuleStatus    `json:"rules"` // the default last
 	Triggers []TriggerStatus `json:"triggers"`
+	Unheld   []string        `json:"unheld"` // budgets of the document that nobody holds now, and why; of the current revision
 }
 
 // TriggerStatus is a trigger, and what it has done since it came into force.
@@ -90,11 +92,43 @@ func (h *Helm) status(f force) Status {
 		}
 		s.Rules = append(s.Rules, r)
 	}
-	s.Triggers = h.triggers(f)
+	s.Triggers, s.Unheld = h.triggers(f), []string{}
 	if s.Current {
 		h.price(f, s.Rules)
+		s.Unheld = h.unheld(f)
 	}
 	return s
+}
+
+// unheld says which budgets of a document sessions exceed because in complete mode nothing is lowered.
+func (h *Helm) unheld(f force) []string {
+	list := []string{}
+	if h.producers == nil {
+		return list
+	}
+	var waiting []string
+	for _, x := range h.producers.Sessions() {
+		if x.Mode == complete {
+			waiting = append(waiting, x.ID)
+		}
+	}
+	if len(waiting) == 0 {
+		return list
+	}
+	who := strings.Join(waiting[:min(3, len(waiting))], ", ")
+	if more := len(waiting) - 3; more > 0 {
+		who += fmt.Sprintf(" and %d more", more)
+	}
+	b := &f.document.Budgets
+	for _, budget := range []struct {
+		name string
+		is   uint64
+	}{{"copied_bytes_per_s", b.Copied}, {"disk_bytes_per_s", b.Disk}, {"disk_free_bytes", b.DiskFree}, {"engine_bytes", b.EngineBytes}} {
+		if budget.is > 0 {
+			list = append(list, fmt.Sprintf("%s is not held for %s: in complete mode nothing is lowered, the model waits instead; attach with mode=\"best-effort\" to have it held", budget.name, who))
+		}
+	}
+	return list
 }
 
 // triggers of a document, with what those in force have done.

@@ -37,7 +37,10 @@ func TestPolicyCommands(t *testing.T) {
 		t.Error(out)
 	}
 	p.must(p.forward(2))
-	if out := mustDMI(t, "policy", "set", "/dev/null", "--store", dir); !strings.Contains(out, "revision 2") {
+	if err := os.WriteFile(file, []byte("default: full"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if out := mustDMI(t, "policy", "set", file, "--store", dir); !strings.Contains(out, "revision 2") {
 		t.Error(out)
 	}
 	p.must(p.forward(1))

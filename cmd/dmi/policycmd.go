@@ -97,6 +97,9 @@ func printPolicy(o *options, out io.Writer, s steer.Status) error {
 			return err
 		}
 	}
+	for _, budget := range s.Unheld {
+		fmt.Fprintf(out, "budget %s\n", budget)
+	}
 	for _, p := range r.Promoted {
 		fmt.Fprintf(out, "request %s is promoted by %s\n", p.ID, p.Trigger)
 	}

@@ -52,7 +52,7 @@ def test_rings_are_fitted_to_what_a_budget_leaves_or_refused(tmp_path: Path) -> 
         assert fitted.coverage()["complete"]
         with pytest.raises(dmi.EngineError, match="leaves 0 bytes"):
             dmi.attach(llama(), HOOK, store=store)
-    first.policy.set("")
+    first.policy.set("default: full")
     with dmi.attach(llama(), HOOK, store=store) as free:
         assert free.memory_mib == {"ring": 256, "staging": 256}
     first.detach()
@@ -120,3 +120,14 @@ def test_a_policy_bounds_how_long_rows_are_kept(tmp_path: Path, monkeypatch: pyt
         assert session.cache(request=session.requests[-1])["resid_post", 0].shape[0] == 30
         books = session.coverage()
         assert (books["expired"], books["rows"]) == (rows, 2 * rows) and balanced(books)
+
+
+def test_a_budget_that_complete_mode_exceeds_is_said_to_be_unheld(tmp_path: Path) -> None:
+    with dmi.attach(llama(), HOOK, store=tmp_path / "s", mode="best-effort") as lowered:
+        status = lowered.policy.set("budgets: {copied_bytes_per_s: 1 MB, disk_free_bytes: 1 MB, device_bytes: 1 GiB}\n")
+        assert status["unheld"] == []
+        with dmi.attach(llama(), HOOK, store=tmp_path / "s") as waiting:
+            unheld = lowered.policy.get()["unheld"]
+            assert [text.split()[0] for text in unheld] == ["copied_bytes_per_s", "disk_free_bytes"]
+            assert all(f"not held for {waiting.id}: in complete mode" in text for text in unheld)
+        assert lowered.policy.get()["unheld"] == []

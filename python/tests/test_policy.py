@@ -64,11 +64,12 @@ def test_policy_acts_at_the_next_step(tmp_path: Path) -> None:
 
 def test_refused_policies_change_nothing(tmp_path: Path) -> None:
     model = llama()
+    windows = ", ".join(f"'all[{position}]'" for position in range(129))
     with dmi.attach(model, HOOKS, store=tmp_path / "s") as session, torch.no_grad():
         for document, said in {
             "rules: [{level: ful}]": "line 1, column 17.*there are full",
             "rules:\n- {hook: x, level: off}": "line 2, column 4.*did you mean hooks",
-            "budgets: {copied_bytes_per_s: 1MB}\nrules:\n- {level: full, requests: {tags: [a]}, degrade: [sampled/8, off]}": "sampled/8 does not hold copied_bytes_per_s",
+            f"budgets: {{copied_bytes_per_s: 1MB}}\nrules:\n- {{level: full, tokens: [{windows}], degrade: [sampled/8, off]}}": "sampled/8 does not hold copied_bytes_per_s",
         }.items():
             with pytest.raises(ValueError, match=said):
                 session.policy.set(document)

@@ -20,7 +20,8 @@ class Policy:
 
     def get(self, revision: int | None = None) -> dict[str, Any]:
         """The policy in force, or that of a revision that coverage names: `revision` {revision, time, document, text, off, lowered,
-        why}, `rules` [{name, level, in_force, priority, sites, bytes_per_s, ladder}], `default`, `current`."""
+        why}, `rules` [{name, level, in_force, priority, sites, bytes_per_s, ladder}], `default`, `current`, and `unheld`,
+        budgets that nobody holds because sessions are in complete mode."""
         return dict(self._client().get("/policy", {"revision": revision}))
 
     @property
