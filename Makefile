@@ -233,7 +233,7 @@ soak: setup $(NEWEST)/.installed $(VLLM)/.installed
 	$(call say,native tests with ten and twenty times the random steps)
 	$(PY) cuda/build.py --test --full
 	$(call say,random changes of the policy under a running model: 10000)
-	cd python && DMI_POLICY_CHANGES=10000 ../$(PY) -m pytest -s tests/test_policy_changes.py
+	cd python && DMI_FIGURES=../bench/results DMI_POLICY_CHANGES=10000 ../$(PY) -m pytest -s tests/test_policy_changes.py
 	$(call say,every family compiled by Dynamo and by Inductor, in two dtypes; generate compiled in every order; compilers' caches on disk)
 	for python in $(PY) $(PYNEW); do (cd python && DMI_TEST_FULL=1 ../$$python -m pytest tests/test_compile.py); done
 	cd python && DMI_TEST_FULL=1 ../$(PY) -m pytest tests/test_inductor.py tests/test_generate_compiled.py tests/test_compile_caches.py -k 'not reduce-overhead'

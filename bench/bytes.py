@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""What leaves the ring, in bytes: statistics of every site of a layer as wide as Qwen3-4B's, against the rows in full; and of late selection, against what its rules ask for.
+"""What leaves the ring, in bytes: statistics of every site of Qwen3-4B's shape, against the rows in full; and of late selection, against what its rules ask for.
 
     python bench/bytes.py [--device cuda] [--save [FOLDER]]
 
-Two layers, as all are alike, and a batch of decode steps and prompts. Bytes are those that the engine's copy commands move, and those that come by the spill region: what crosses PCIe, where there is
+All 434 sites on a GPU, two layers of that width on the CPU; prompts and decode steps of a batch. Bytes are those that the engine's copy commands move, and those that come by the spill region: what crosses PCIe, where there is
 one. `--save` writes bench/results/, or FOLDER; `--commit` says of what, where this is no checkout.
 """
 
@@ -57,34 +57,54 @@ def statistics(store: Path, model: Any, rows: list[dict[str, Any]]) -> None:
 
 
 def late(store: Path, model: Any, rows: list[dict[str, Any]]) -> None:
-    """One request in 64 has what the last layer's condition is about; its rows of both layers come in full, the others as statistics."""
+    """One request in 64 has what the last layer's condition is about; its rows of the last two layers come in full, all others of every site as statistics."""
     def grow(_module: Any, _args: Any, out: Any) -> Any:
         hidden = out[0] if isinstance(out, tuple) else out
         hidden[REQUESTS // 3] *= 50
         return out
 
-    handle = model.model.layers[1].register_forward_hook(grow)
-    with dmi.attach(model, ["blocks.*.hook_resid_post", "blocks.*.hook_mlp_out"], store=store, mode="best-effort", ring_mib=128) as session:
-        session.policy.set("""
+    last = model.config.num_hidden_layers - 1
+    kept = [f"blocks.{layer}.{site}" for layer in (last - 1, last) for site in ("hook_resid_post", "hook_mlp_out")]
+    with dmi.attach(model, HOOKS, store=store, mode="complete") as session:
+        run(model, REQUESTS, 16, 4)
+        full = copied(session)
+    handle = model.model.layers[last].register_forward_hook(grow)
+    with dmi.attach(model, HOOKS, store=store, mode="best-effort", ring_mib=128) as session:
+        norm = bound(model)
+        session.policy.set(f"""
 default: stats
 triggers:
-- {name: large, hooks: blocks.1.hook_resid_post, when: {statistic: l2, above: 500}, keep: [hook_resid_post, hook_mlp_out], cooldown: 0s}
+- {{name: large, hooks: {kept[2]}, when: {{statistic: l2, above: {norm}}}, keep: [{", ".join(kept)}], cooldown: 0s}}
 """)
         before = copied(session)
         run(model, REQUESTS, 16, 4)
         moved = copied(session) - before
-        captured = session.coverage()["outcomes"]["captured"]
+        session.flush()
+        captured: dict[str, int] = {}
+        for request in session.requests[-REQUESTS:]:
+            for level, n in session.cache(request=request).coverage()["outcomes"]["captured"].items():
+                captured[level] = captured.get(level, 0) + n
         status = session.status()["ring"]
     handle.remove()
     width = model.config.hidden_size * model.dtype.itemsize
-    tokens = REQUESTS * (16 + 4)
     asked = captured["full"] * width + captured["stats"] * FIGURES
-    full = 4 * tokens * width
-    print(f"{captured} of {4 * tokens} rows; offered {status['offered_bytes'] / 1e6:.1f} MB")
-    expected = 4 * 20  # one request's rows of four sites
+    print(f"{captured} rows; offered {status['offered_bytes'] / 1e6:.1f} MB")
+    expected = len(kept) * (16 + 4)  # one request's rows
     say(rows, "rows in full of the request that the rule asks for, late selection", captured["full"], "rows", expected, captured["full"] / expected, "all of it, and no other", captured["full"] == expected)
     say(rows, "late selection, of what its rules ask for", moved / 1e6, "MB", asked / 1e6, moved / asked, "<= 1.05 of what is asked for", moved <= 1.05 * asked)
     say(rows, "late selection, of all rows in full", moved / 1e6, "MB", full / 1e6, moved / full, "", None)
+
+
+def bound(model: Any) -> float:
+    """A norm that the last layer's rows have when they are 50 times what they were, and not before."""
+    norms: list[torch.Tensor] = []
+    handle = model.model.layers[-1].register_forward_hook(lambda _, __, out: norms.append((out[0] if isinstance(out, tuple) else out).detach().double().norm(dim=-1)))
+    run(model, REQUESTS, 16, 4)
+    handle.remove()
+    grown = torch.cat([n[REQUESTS // 3].flatten() for n in norms]).min()
+    usual = torch.cat([torch.cat([n[: REQUESTS // 3], n[REQUESTS // 3 + 1 :]]).flatten() for n in norms]).max()
+    assert grown > 2 * usual, (grown, usual)
+    return float((grown + usual) / 2)
 
 
 def say(rows: list[dict[str, Any]], metric: str, value: float, unit: str, baseline: float, ratio: float, goal: str, met: bool | None) -> None:
@@ -99,8 +119,14 @@ def main() -> None:
     parser.add_argument("--commit", default="")
     given = parser.parse_args()
     torch.manual_seed(0)
-    config = Qwen3Config(hidden_size=2560, intermediate_size=9728, num_hidden_layers=2, num_attention_heads=32, num_key_value_heads=8, head_dim=128, vocab_size=1024)
-    model = Qwen3ForCausalLM(config).to(given.device, torch.bfloat16).eval()
+    if given.device == "cuda":
+        from gpu_model import model as whole
+
+        model = whole(36)
+    else:
+        config = Qwen3Config(hidden_size=2560, intermediate_size=9728, num_hidden_layers=2, num_attention_heads=32, num_key_value_heads=8, head_dim=128, vocab_size=1024)
+        model = Qwen3ForCausalLM(config).to(torch.bfloat16).eval()
+    print(f"{model.config.num_hidden_layers} layers", flush=True)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="dmi-bytes-") as folder:
         statistics(Path(folder) / "statistics", model, rows)

@@ -1,5 +1,5 @@
 """Random policies, set as fast as they are taken, while a model runs: every row is what the revision that its books name makes of it, at its level, and those
-in full are the model's own, bit for bit. DMI_POLICY_CHANGES=10000 runs as many; a share of that runs always."""
+in full are the model's own, bit for bit. DMI_POLICY_CHANGES=10000 runs as many; a share of that runs always. Figures: see figures.py."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import dmi
+from figures import figures, result
 from sessions import balanced, llama, plainly, prompts, until
 
 CHANGES = int(os.environ.get("DMI_POLICY_CHANGES", "400"))
@@ -166,6 +167,13 @@ def test_random_changes_under_a_running_model(tmp_path: Path) -> None:
         assert rows == sum(2 * values.shape[1] for _, values in requests.values())
         assert balanced(session.coverage())
         assert len(seen) > min(len(requests), met) / 20 and 0 < full < rows and reduced > 0 and (by_trigger > 0 or rows < 1000) and (greatest > 0 or rows < 1000)
+        figures("policy_changes", f"DMI_POLICY_CHANGES={CHANGES} python -m pytest python/tests/test_policy_changes.py -k random_changes", [
+            result.row("changes while the model ran", CHANGES, "times", goal=">= 10000", met=CHANGES >= 10000),
+            result.row("rows held against the revision that their books name", rows, "rows"),
+            result.row("of these not what that revision makes of them, or in full and not the model's own bits", 0, "rows", goal="0", met=True),
+            result.row("in full", full, "rows"), result.row("in full for a trigger", by_trigger, "rows"), result.row("at lower levels", reduced, "rows"),
+            result.row("revisions that rows met", len(seen), "times"), result.row("requests", len(requests), "times"),
+        ])  # fmt: skip
         print(f"{CHANGES} changes; {len(seen)} revisions met {rows} rows of {len(requests)} requests, of which {full} were captured in full, {by_trigger} of them for a trigger, and {reduced} at lower levels, {greatest} of those with their greatest elements")
         until(lambda: session.policy.get()["revision"]["revision"] == max(in_force))
 
@@ -258,6 +266,13 @@ def test_each_change_is_in_force_at_the_next_step(tmp_path: Path) -> None:
                 assert sorted(positions) == list(range(len(revisions))), (request, site)
         assert balanced(session.coverage())
         assert set(outcomes) >= {"full", ""} and len(outcomes) > 3
+        looked = sum(outcomes.values())
+        figures("policy_next_step", f"DMI_POLICY_CHANGES={CHANGES} python -m pytest python/tests/test_policy_changes.py -k next_step", [
+            result.row("changes, each before one step" + (", a replay of a graph recorded before all of them" if ids[length].is_cuda else ""), CHANGES, "times", goal=">= 10000", met=CHANGES >= 10000),
+            result.row("rows held against the change before their step", looked, "rows"),
+            result.row("of these under another revision, or not what it makes of them", 0, "rows", goal="0", met=True),
+            *(result.row(f"at level {name or 'off'}", n, "rows") for name, n in sorted(outcomes.items())),
+        ])  # fmt: skip
         print(f"{CHANGES} changes, {len(requests)} requests held against what each says: rows by level {outcomes}")
 
 
