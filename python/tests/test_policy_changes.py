@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+from figures import figures, result
 
 import dmi
-from figures import figures, result
 from sessions import balanced, llama, plainly, prompts, until
 
 CHANGES = int(os.environ.get("DMI_POLICY_CHANGES", "400"))
