@@ -41,7 +41,8 @@ def run(model: Any, requests: int, prompt: int, new: int) -> None:
             out = model(ids[:, :1], use_cache=True, past_key_values=out.past_key_values)
 
 
-def statistics(store: Path, model: Any, rows: list[dict[str, Any]]) -> None:
+def statistics(store: Path, model: Any, rows: list[dict[str, Any]]) -> float:
+    """Returns the bytes that a token has in full at all sites."""
     moved: dict[str, int] = {}
     with dmi.attach(model, HOOKS, store=store, mode="complete") as session:
         for policy in ("default: full\n", "default: stats\n", "default: stats+4\n", "default: off\nrules:\n- {tokens: 'all[::8]', level: stats}\n"):
@@ -54,10 +55,11 @@ def statistics(store: Path, model: Any, rows: list[dict[str, Any]]) -> None:
     for policy, metric, goal in zip(moved, ("statistics of every site", "statistics and 4 greatest elements of every site", "statistics of every 8th row of every site"), (0.02, None, 0.02), strict=True):
         ratio = moved[policy] / full
         say(rows, metric + ", of what all rows in full move", moved[policy] / 1e6, "MB", full / 1e6, ratio, "" if goal is None else f"<= {goal:.0%} of full", None if goal is None else ratio <= goal)
+    return full / (4 * (16 + 8))
 
 
-def late(store: Path, model: Any, rows: list[dict[str, Any]]) -> None:
-    """One request in 64 has what the last layer's condition is about; its rows of the last two layers come in full, all others of every site as statistics."""
+def late(store: Path, model: Any, token: float, rows: list[dict[str, Any]]) -> None:
+    """One request in 64 has what the last layer's condition is about; its rows of the last two layers come in full, all others of every site as statistics. `token`: bytes of one in full."""
     def grow(_module: Any, _args: Any, out: Any) -> Any:
         hidden = out[0] if isinstance(out, tuple) else out
         hidden[REQUESTS // 3] *= 50
@@ -65,9 +67,6 @@ def late(store: Path, model: Any, rows: list[dict[str, Any]]) -> None:
 
     last = model.config.num_hidden_layers - 1
     kept = [f"blocks.{layer}.{site}" for layer in (last - 1, last) for site in ("hook_resid_post", "hook_mlp_out")]
-    with dmi.attach(model, HOOKS, store=store, mode="complete") as session:
-        run(model, REQUESTS, 16, 4)
-        full = copied(session)
     handle = model.model.layers[last].register_forward_hook(grow)
     with dmi.attach(model, HOOKS, store=store, mode="best-effort", ring_mib=128) as session:
         norm = bound(model)
@@ -87,6 +86,7 @@ triggers:
         status = session.status()["ring"]
     handle.remove()
     width = model.config.hidden_size * model.dtype.itemsize
+    full = REQUESTS * (16 + 4) * token
     asked = captured["full"] * width + captured["stats"] * FIGURES
     print(f"{captured} rows; offered {status['offered_bytes'] / 1e6:.1f} MB")
     expected = len(kept) * (16 + 4)  # one request's rows
@@ -129,8 +129,8 @@ def main() -> None:
     print(f"{model.config.num_hidden_layers} layers", flush=True)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="dmi-bytes-") as folder:
-        statistics(Path(folder) / "statistics", model, rows)
-        late(Path(folder) / "late", model, rows)
+        token = statistics(Path(folder) / "statistics", model, rows)
+        late(Path(folder) / "late", model, token, rows)
     if given.save and given.device == "cpu":
         print(f"written to {result.write('bytes', rows, folder=given.save, torch=torch.__version__)}")
     elif given.save:
