@@ -69,7 +69,9 @@ def late(store: Path, model: Any, token: float, rows: list[dict[str, Any]]) -> N
     kept = [f"blocks.{layer}.{site}" for layer in (last - 1, last) for site in ("hook_resid_post", "hook_mlp_out")]
     handle = model.model.layers[last].register_forward_hook(grow)
     with dmi.attach(model, HOOKS, store=store, mode="best-effort", ring_mib=128) as session:
+        session.policy.off()
         norm = bound(model)
+        session.policy.on()
         session.policy.set(f"""
 default: stats
 triggers:
