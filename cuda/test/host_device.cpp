@@ -46,6 +46,7 @@ class Host final : public Device {
     f.payload_bytes = header_.payload_bytes;
     f.spill = mapping.spill();
     f.spill_bytes = header_.spill_bytes;
+    f.little = little_of(header_.spill_bytes);
     f.records = mapping.records(0);
     f.record_capacity = header_.record_capacity;
     dmi_control& control = mapping.control();

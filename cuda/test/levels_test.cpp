@@ -305,11 +305,11 @@ class World {
     o.record_capacity = ring == Ring::kTight && mode != DMI_MODE_COMPLETE ? 4096 : 16384;
     o.command_capacity = 8;
     o.site_capacity = 64;
-    // Small enough that rows are dropped, and in complete mode spilled and cut; or with room for everything.
+    // Small enough that rows are dropped, and in complete mode spilled and cut; or with room for everything. What is little is spilled.
     o.payload_bytes = ring == Ring::kRoomy ? 64 << 20 : mode == DMI_MODE_COMPLETE ? 16 << 10 : 256 << 10;
     o.table_bytes = 256 << 10;
     o.staging_bytes = 64 << 10;
-    o.spill_bytes = mode == DMI_MODE_COMPLETE ? 8 << 10 : 0;
+    o.spill_bytes = mode == DMI_MODE_COMPLETE ? 8 << 10 : 32 << 10;
     o.wait_bound_ns = 120'000'000'000;
     ring_ = dmi_ring_create(&o);
     CHECK(ring_ > 0);

@@ -131,12 +131,14 @@ struct Meeting {
   uint32_t rows;     // of the next one
   uint32_t first;    // the block that reserved
   uint32_t records;  // of the group; as `slot`, for the last block: whoever writes them arrives at `done` after it
+  uint32_t place;    // dmi_place of the group's payload
+  uint32_t corner;   // bytes before `base` that were skipped: the end of the spill region, which no range crosses
   // Of watched steps.
   uint32_t claimed, watched;  // units of rows that were taken up; that were held against the conditions
   uint32_t lots, lots_at;     // in Fixed::lots; none where the group goes the levelled way
   uint64_t taken;             // bytes that the lots have, behind `base`
 };
-static_assert(sizeof(Meeting) == 72);
+static_assert(sizeof(Meeting) == 80);
 
 struct State;
 
@@ -156,6 +158,7 @@ struct alignas(16) Fixed {
   uint64_t payload_bytes;
   std::byte* spill;
   uint64_t spill_bytes;
+  uint64_t little;  // bytes up to which a group's payload goes to the spill region first
   dmi_record* records;
   uint64_t record_capacity;
   uint64_t* record_tail;
