@@ -405,7 +405,12 @@ func (d *Drain) takeCapture(l *lane, e *entry, b *[ring.RecordSize]byte) {
 		return
 	}
 	if r.Place == ring.PlaceSpill {
-		e.item.spill, e.item.drain = &spillUse{at: r.Payload, bytes: r.PayloadBytes}, d
+		if d.spilled == nil {
+			d.spilled = new(spillPass)
+			d.spilled.left.Store(1)
+		}
+		d.spilled.left.Add(1)
+		e.item.spill, e.item.drain = &spillUse{at: r.Payload, bytes: r.PayloadBytes, pass: d.spilled}, d
 		e.item.Data = d.ring.Spill(r.Payload, r.PayloadBytes)
 		return
 	}
