@@ -85,7 +85,8 @@ struct Notice {
   uint64_t closes;        // steps whose close ran, gated and lost ones included
   uint64_t slot_end;      // slots below it have been read
   uint64_t gave_up;       // steps in which complete mode gave rows up
-  uint64_t payload_head;  // as of the last close
+  uint64_t payload_head;  // as of the last close, and spill_head
+  uint64_t spill_head;
 };
 
 // A tensor of a group. Fixed when the op is called, which in a graph is long before the step.
