@@ -405,14 +405,15 @@ void test_reservations(uint64_t seed) {
         x->own[0] = kRecordsPerSite;
         Meeting m{};
         reserve<false>(w.state, group, *x, m);
-        const uint64_t end = m.base + (m.whole == 1 ? x->total : aligned(m.rows * plan.row_bytes));
-        if (end == m.base) continue;
+        const bool spilled = m.near == 1;
+        const uint64_t base = spilled ? m.spilled : m.base;
+        const uint64_t end = base + (m.whole == 1 ? x->total : aligned(m.rows * plan.row_bytes));
+        if (end == base) continue;
         ++had;
-        const bool spilled = m.place == DMI_PLACE_SPILL;
         CHECK(end - load_acquire_sys(spilled ? w.spill_tail : w.payload_tail) <= (spilled ? kSpill : kPayload));
-        if (spilled) CHECK(x->total <= little_of(kSpill) && m.base % kSpill + x->total <= kSpill && m.whole == 1);
+        if (spilled) CHECK(x->total <= little_of(kSpill) && base % kSpill + x->total <= kSpill && m.whole == 1);
         std::lock_guard lock(w.mutex);
-        (spilled ? spill : payload).ranges[m.base - m.corner] = end;
+        (spilled ? spill : payload).ranges[base - m.corner] = end;
         if (!spilled && x->total <= little_of(kSpill)) ++fell_back;
       }
       running.fetch_sub(1);
@@ -447,8 +448,8 @@ class Little {
  public:
   explicit Little(bool complete) : w_(complete), random_(test_seed()) {}
 
-  // A step of `count` tensors that have `rows` rows of `row_bytes`. Its records, but OPEN and CLOSE.
-  std::vector<dmi_record> step(uint32_t count, uint32_t rows, uint32_t row_bytes) {
+  // A step of `count` tensors that have `rows` rows of `row_bytes`, or the last one of `last`. Its records, but OPEN and CLOSE.
+  std::vector<dmi_record> step(uint32_t count, uint32_t rows, uint32_t most_bytes, uint32_t last = 0) {
     std::vector<dmi_span> spans(1);
     spans[0].count = rows;
     const uint32_t widths[DMI_SPACES] = {rows, rows, 0};
@@ -481,6 +482,7 @@ class Little {
     sources_.clear();
     std::vector<dmi_tensor> tensors;
     for (uint32_t site = 0; site < count; ++site) {
+      const uint32_t row_bytes = last != 0 && site + 1 == count ? last : most_bytes;
       Source& s = sources_[site];
       s.row_bytes = row_bytes;
       s.expected.resize(uint64_t{rows} * row_bytes);
@@ -511,16 +513,22 @@ class Little {
   void check(const std::vector<dmi_record>& records, dmi_place place, uint64_t at) {
     CHECK_EQ(records.size(), sources_.size());
     for (const dmi_record& r : records) {
-      const Source& s = sources_.at(r.site);
-      CHECK_EQ(r.outcome, DMI_OUTCOME_CAPTURED);
-      CHECK_EQ(uint32_t{r.place}, uint32_t(place));
-      CHECK_EQ(r.payload, at);
-      CHECK_EQ(r.payload_bytes, s.expected.size());
-      CHECK_EQ(r.tensor_bytes, s.expected.size());
+      CHECK_EQ(r.payload_bytes, sources_.at(r.site).expected.size());
+      check_one(r, place, at);
       at += aligned(r.payload_bytes);
-      const std::vector<std::byte>& ring = place == DMI_PLACE_SPILL ? w_.spill : w_.payload;
-      for (uint64_t i = 0; i < r.payload_bytes; ++i) CHECK(ring[(r.payload + i) % ring.size()] == s.expected[i]);
     }
+  }
+
+  // Some of a tensor's first rows.
+  void check_one(const dmi_record& r, dmi_place place, uint64_t at) {
+    CHECK_EQ(r.outcome, DMI_OUTCOME_CAPTURED);
+    CHECK_EQ(uint32_t{r.place}, uint32_t(place));
+    CHECK_EQ(r.payload, at);
+    CHECK_EQ(r.row_first, 0u);
+    CHECK_EQ(r.payload_bytes, r.rows * sources_.at(r.site).row_bytes);
+    CHECK_EQ(r.tensor_bytes, r.payload_bytes);
+    const std::vector<std::byte>& ring = place == DMI_PLACE_SPILL ? w_.spill : w_.payload;
+    for (uint64_t i = 0; i < r.payload_bytes; ++i) CHECK(ring[(r.payload + i) % ring.size()] == sources_.at(r.site).expected[i]);
   }
 
   World w_;
@@ -565,6 +573,43 @@ void test_little(bool complete) {
   CHECK_EQ(x.w_.state.aside, 0u);
 }
 
+// Little tensors with a large one behind them, which goes to the payload ring, or does not.
+void test_little_and_large() {
+  Little x(false);
+  uint64_t spilled = 0, kept = 0;
+  auto step = [&](uint64_t spill, uint64_t payload, uint32_t last) {
+    std::vector<dmi_record> records = x.step(4, 2, 500, last);
+    if (records.size() > 4 && records[0].rows == 0) {
+      CHECK_EQ(records[0].payload + records[0].payload_bytes, spill);
+      records.erase(records.begin());
+    }
+    CHECK(records.size() >= 4);
+    for (uint32_t i = 0; i < 3; ++i) x.check_one(records[i], DMI_PLACE_SPILL, spill + i * 1024);
+    if (records[3].outcome == DMI_OUTCOME_CAPTURED) x.check_one(records[3], DMI_PLACE_RING, payload);
+    spilled += 3 * 1000;
+    kept += 6 + (records[3].outcome == DMI_OUTCOME_CAPTURED ? records[3].rows : 0);
+    return records;
+  };
+  CHECK_EQ(step(0, 0, 2000).size(), 4u);
+  CHECK_EQ(step(3072, 4032, 2000).size(), 4u);
+  x.check(x.step(4, 2, 500, 2000), DMI_PLACE_RING, 2 * 4032);  // 2 KiB of the region are left, all of them a corner
+  kept += 8;
+  store_release_sys(x.w_.spill_tail, 6144);
+  std::vector<dmi_record> records = step(8192, 0, 2000);  // 1,216 bytes of the ring are left: no row of the last one fits
+  CHECK_EQ(records.size(), 4u);
+  CHECK_EQ(records[3].outcome, DMI_OUTCOME_DROPPED);
+  CHECK_EQ(records[3].rows, 2u);
+  records = step(8192 + 3072, 2 * 4032 + 7104, 1000);
+  CHECK_EQ(records.size(), 5u);
+  CHECK_EQ(records[3].rows, 1u);
+  CHECK_EQ(records[4].outcome, DMI_OUTCOME_DROPPED);
+  CHECK_EQ(records[4].row_first, 1u);
+  CHECK_EQ(x.w_.counters.spilled_bytes, spilled);
+  CHECK_EQ(x.w_.counters.captured_rows, kept);
+  CHECK_EQ(x.w_.counters.other_rows[DMI_REASON_RING_FULL], 3u);
+  CHECK_EQ(x.w_.state.aside, 0u);
+}
+
 }  // namespace
 }  // namespace dmi::device
 
@@ -573,6 +618,7 @@ int main() {
   dmi::device::test_reservations(seed);
   dmi::device::test_little(false);
   dmi::device::test_little(true);
+  dmi::device::test_little_and_large();
   dmi::device::test(true, seed, 200);
   dmi::device::test(false, seed + 1, 200);
   dmi::device::test(true, seed + 2, 200, true);

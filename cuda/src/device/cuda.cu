@@ -24,7 +24,7 @@ static_assert(kThreads / 32 <= kMostWarps);
 constexpr uint64_t kAhead = 4;                    // steps that the host may be ahead of the device in complete mode
 constexpr uint32_t kMeetings = 4096;              // of eager launches, in turn: far more than a stream can hold
 constexpr uint32_t kGraphMeetings = 4096;         // allocated at a time, for launches that graphs keep
-constexpr uint32_t kMostGraphMeetings = 1 << 20;  // 80 MiB: a bound that only a mistake exceeds
+constexpr uint32_t kMostGraphMeetings = 1 << 20;  // 88 MiB: a bound that only a mistake exceeds
 
 void check(cudaError_t status, const char* what) {
   if (status != cudaSuccess) {

@@ -1,8 +1,9 @@
 // A group of tensors that one launch captures. It costs one reservation of payload, by compare-and-swap, and one publication, by the block
 // that finishes last. One that is little goes to the spill region in host memory, if there is room for all of it, where the engine reads it
-// in place; any other to the payload ring. What finds no room is dropped (best-effort). In complete mode the reservation waits for as long
-// as the ring is being emptied. What found no room all the same the last block copies alone: to the payload ring, else to the spill region
-// in host memory, which needs nobody but the engine to be emptied, else it waits, to a bound.
+// in place, but for a few large tensors at its end; all else goes to the payload ring. What finds no room is dropped (best-effort). In
+// complete mode the reservation waits for as long as the ring is being emptied. What found no room all the same the last block copies
+// alone: to the payload ring, else to the spill region in host memory, which needs nobody but the engine to be emptied, else it waits, to a
+// bound.
 #pragma once
 
 #include "records.h"
@@ -48,8 +49,18 @@ DMI_HD inline bool has_records(const Scratch& x, uint32_t i) {
   return true;
 }
 
-// One reservation for the group: all of it, or, where room is short, whole tensors and then whole rows. Its records' slots too, where
-// all is as it mostly is; otherwise say() takes them. By one thread of one block.
+// Room in the spill region for what of the group is little. How many tensors that is; none where there is no room for all of them.
+template <bool kLevelled>
+DMI_HD uint32_t reserve_near(State& s, const Scratch& x, uint32_t count, Meeting& m) {
+  const Fixed& f = x.fixed;
+  uint32_t n = count;
+  uint64_t bytes = x.total;
+  for (; n != 0 && bytes > f.little && count - n < kFewLarge && large(f, room_of<kLevelled>(x.plan[n - 1])); bytes = x.at[n]) --n;
+  return bytes != 0 && bytes <= f.little && reserve_little(s, f, bytes, m) ? n : 0;
+}
+
+// One reservation for the rest of the group: all of it, or, where room is short, whole tensors and then whole rows. Its records' slots too,
+// where all is as it mostly is; otherwise say() takes them. By one thread of one block.
 template <bool kLevelled>
 DMI_HD void reserve(State& s, const Group& g, const Scratch& x, Meeting& m) {
   const Fixed& f = x.fixed;
@@ -63,13 +74,12 @@ DMI_HD void reserve(State& s, const Group& g, const Scratch& x, Meeting& m) {
     for (most = 0; most < g.count && has_records(x, most);) ++most;
     if (most < g.count) total = x.at[most];
   }
-  // Every tensor that has bytes has a record to spare for the corner: none is needed for rows that found no room.
-  if (total != 0 && total <= f.little && m.more != 0 && reserve_little(s, f, total, m)) {
-    if (x.plain != 0) m.slot = take_slots(s, g.count + (m.corner != 0 ? 1 : 0));
-    m.whole = g.count;
-    m.rows = 0;
-    return;
-  }
+  // What is in the spill region is there whole. So it needs no records for rows that found no room, of which the corner has one.
+  const uint32_t near = m.more != 0 ? reserve_near<kLevelled>(s, x, g.count, m) : 0;
+  const uint64_t before = near == g.count ? total : x.at[near];
+  m.near = near;
+  if (near == 0) m.corner = 0;
+  total -= before;
   uint64_t head = load_relaxed_gpu(s.payload_head);
   uint64_t tail = load_acquire_gpu(s.payload_tail_seen);
   for (bool fresh = false, waited = f.complete == 0;;) {
@@ -90,22 +100,21 @@ DMI_HD void reserve(State& s, const Group& g, const Scratch& x, Meeting& m) {
     whole = most;
     rows = 0;
     if (room < total) {
-      for (whole = 0; x.at[whole] + room_of<kLevelled>(x.plan[whole]) <= room;) ++whole;
+      for (whole = near; x.at[whole] - before + room_of<kLevelled>(x.plan[whole]) <= room;) ++whole;
+      const uint64_t at = x.at[whole] - before;
       if constexpr (kLevelled) {
-        rows = fit_rows(f, x.tensor[whole], x.plan[whole], room - x.at[whole], taken);
-        taken += x.at[whole];
+        rows = fit_rows(f, x.tensor[whole], x.plan[whole], room - at, taken);
+        taken += at;
       } else {
-        rows = uint32_t((room - x.at[whole]) / x.plan[whole].row_bytes);
-        taken = x.at[whole] + aligned(uint64_t{rows} * x.plan[whole].row_bytes);
+        rows = uint32_t((room - at) / x.plan[whole].row_bytes);
+        taken = at + aligned(uint64_t{rows} * x.plan[whole].row_bytes);
       }
     }
-    if (swap_relaxed_gpu(s.payload_head, head, head + taken)) break;
+    if (taken == 0 || swap_relaxed_gpu(s.payload_head, head, head + taken)) break;
     fresh = false;
   }
-  if (x.plain != 0 && whole == g.count) m.slot = take_slots(s, g.count);
-  m.base = head;
-  m.corner = 0;
-  m.place = DMI_PLACE_RING;
+  if (x.plain != 0 && whole == g.count) m.slot = take_slots(s, g.count + (m.corner != 0 ? 1 : 0));
+  m.base = head - before;
   m.whole = whole;
   m.rows = rows;
 }
@@ -123,11 +132,11 @@ DMI_HD void reserved(Block& block, Meeting& m) {
 // After the others know the reservation: what each tensor has of it. By all threads; x.at and x.unit hold what the whole would need.
 template <bool kLevelled, typename Block>
 DMI_HD void share_out(Block& block, const Group& g, Scratch& x, const Meeting& m) {
-  const uint64_t base = m.base;
-  const uint32_t whole = m.whole, rows = m.rows;
+  const uint64_t base = m.base, spilled = m.spilled;
+  const uint32_t whole = m.whole, rows = m.rows, near = x.near;
   for (uint32_t i = block.thread(); i < g.count; i += block.threads()) {
-    x.at[i] += base;
-    x.start[i] = x.at[i] % x.target.capacity;
+    x.at[i] += i < near ? spilled : base;
+    x.start[i] = x.at[i] % (i < near ? x.fixed.spill_bytes : x.fixed.payload_bytes);
     x.granted[i] = x.plan[i].fate != Fate::kCapture || i > whole ? 0 : i < whole ? x.plan[i].rows : rows;
   }
   if (whole == g.count) return;
@@ -139,10 +148,16 @@ DMI_HD void share_out(Block& block, const Group& g, Scratch& x, const Meeting& m
   block.sum(x.unit, g.count);
 }
 
+// Where the payload of tensor i goes.
+DMI_HD inline Target target_of(const Scratch& x, uint32_t i) {
+  const Fixed& f = x.fixed;
+  return i < x.near ? Target{f.spill, f.spill_bytes, x.start[i]} : Target{f.payload, f.payload_bytes, x.start[i]};
+}
+
 // Whether a corner is told of before tensor i: before the first that has bytes, so that a row of it follows.
 template <bool kLevelled>
 DMI_HD bool cornered(const Scratch& x, const Meeting& m, uint32_t i) {
-  return m.corner != 0 && x.at[i] == m.base && room_of<kLevelled>(x.plan[i]) != 0;
+  return m.corner != 0 && i < m.near && x.at[i] == m.spilled && room_of<kLevelled>(x.plan[i]) != 0;
 }
 
 // The slots of groups that are not as they mostly are. By all threads; gives x.record, and m.slot.
@@ -200,10 +215,11 @@ DMI_HD DMI_APART void say(Block& block, State& s, const Group& g, Scratch& x, Me
     const Plan& p = x.plan[i];
     const bool corner = cornered<kLevelled>(x, m, i);
     const uint32_t given = plain ? (corner ? 2 : 1) : x.record[i + 1] - x.record[i];
-    const uint32_t before = plain ? i + (m.corner != 0 && x.at[i] != m.base ? 1 : 0) : x.record[i];
+    const uint32_t before = plain ? i + (m.corner != 0 && (i >= m.near || x.at[i] != m.spilled) ? 1 : 0) : x.record[i];
     const uint64_t slot = m.slot + before;
-    if (corner) say_corner(f, t, p, m.base, m.corner, slot);
-    say_tensor<kLevelled>(s, f, t, p, x.granted[i], uint8_t(m.place), x.at[i], slot + (corner ? 1 : 0), slot + given);
+    if (corner) say_corner(f, t, p, m.spilled, m.corner, slot);
+    say_tensor<kLevelled>(s, f, t, p, x.granted[i], i < m.near ? DMI_PLACE_SPILL : DMI_PLACE_RING, x.at[i], slot + (corner ? 1 : 0),
+                          slot + given);
     // What the site did not need is free for others, unless the rest of it is still to come.
     const bool later = f.complete != 0 && p.fate == Fate::kCapture && x.granted[i] < p.rows;
     const uint32_t kept = later && x.own[i] > given ? x.own[i] - given : 0;
@@ -260,7 +276,7 @@ DMI_HD DMI_APART void reduce_units(Block& block, Scratch& x, uint32_t count, uin
   for (uint32_t unit = first, i = 0; unit < units; unit += step) {
     i = whose(x, i, count, unit);
     const Plan& p = x.plan[i];
-    if (p.reduced != nullptr) reduce_unit(block, x.meet, x.fixed, x.tensor[i], p, x.granted[i], unit - x.unit[i], x.target, x.start[i]);
+    if (p.reduced != nullptr) reduce_unit(block, x.meet, x.fixed, x.tensor[i], p, x.granted[i], unit - x.unit[i], target_of(x, i));
   }
 }
 
@@ -300,8 +316,7 @@ DMI_HD void capture_group(Block& block, State& s, const Group& g, Scratch& x) {
     } else {
       wait_until_ready(m);
     }
-    const bool spilled = m.place == DMI_PLACE_SPILL;
-    x.target = {spilled ? f.spill : f.payload, spilled ? f.spill_bytes : f.payload_bytes, 0};
+    x.near = m.near;
   }
   block.sync();
   share_out<kLevelled>(block, g, x, m);
@@ -314,7 +329,7 @@ DMI_HD void capture_group(Block& block, State& s, const Group& g, Scratch& x) {
     i = whose(x, i, g.count, unit);
     const Tensor& t = x.tensor[i];
     const Plan& p = x.plan[i];
-    const Target to{x.target.ring, x.target.capacity, x.start[i]};
+    const Target to = target_of(x, i);
     const uint32_t n = unit - x.unit[i];
     if constexpr (kLevelled) {
       if (p.reduced == nullptr) move_unit(block, x.meet, f, t, p, x.granted[i], n, g.unit_shift, to);

@@ -44,6 +44,9 @@ DMI_HD inline bool records_free(State& s, uint64_t wanted) {
 constexpr uint64_t kLittle = 256 << 10;
 // Whatever corner it leaves, a group that is little then fits an empty region.
 DMI_HD inline uint64_t little_of(uint64_t spill_bytes) { return spill_bytes / 2 < kLittle ? spill_bytes / 2 : kLittle; }
+// A few tensors at a group's end may be large, as logits are, and the others little: those need not wait for them.
+constexpr uint32_t kFewLarge = 4;
+DMI_HD inline bool large(const Fixed& f, uint64_t bytes) { return bytes > f.little / 4; }
 
 // Room there for `total` bytes, in one piece and all at once; false where none is known of. The corner that they leave at the region's end
 // is part of what is reserved, and has to be told of. By one thread.
@@ -61,9 +64,8 @@ DMI_HD inline bool reserve_little(State& s, const Fixed& f, uint64_t total, Meet
     }
     fresh = false;
     if (!swap_relaxed_gpu(s.spill_head, head, head + corner + total)) continue;
-    m.base = head + corner;
+    m.spilled = head + corner;
     m.corner = uint32_t(corner);
-    m.place = DMI_PLACE_SPILL;
     return true;
   }
 }

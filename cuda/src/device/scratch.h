@@ -22,11 +22,12 @@ struct Scratch {
   uint32_t plain;    // every site still has the record it needs, and none comes twice; of watched steps: nothing is kept or offered
   uint32_t changed;  // of watched steps
   bool last;
-  Target target;  // the ring that the group's payload goes to; of what finds no room there: where its next rows go
+  uint32_t near;  // as in Meeting
   // of complete mode's way
   bool found;
   uint8_t place;
   uint32_t taken;
+  Target target;
   Rendezvous meet;
 };
 
