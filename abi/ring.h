@@ -31,8 +31,8 @@
  * The payload ring itself is NOT in the mapping: it is device memory (CUDA) or private memory (CPU).
  * Offsets into rings are virtual: they count bytes or slots since creation and never wrap; the place in
  * the ring is `offset % capacity`. A payload range may cross the end of the ring; the pump copies it in two pieces.
- * A spill range never does: what is left goes on at the start, in another record. A device that goes on there with what it has not begun says of
- * the bytes that it skips that they are a part of a row, which nothing continues.
+ * A spill range never does: what is left goes on at the start, in another record. A device that goes on there with what it has not begun
+ * says of the bytes that it skips that they are a part of a row, which nothing continues.
  * Every payload and spill range starts at a multiple of DMI_PAYLOAD_ALIGN, and owns the bytes up to the next multiple: the
  * ranges of all lanes tile the ring without holes, so the tails advance by `payload_bytes` rounded up.
  *
