@@ -4,9 +4,9 @@
     python bench/gpu_latency.py [--steps 400] [--batch 1,32,256] [--save bench/results]
 
 A Qwen3-4B-shaped model decodes in a CUDA graph, 37 sites observed, by the real engine, which stores them: one as it is by default, and one that polls (control.busy_poll_s).
-The subscriber is a process of its own (bench/live, built to bin/bench-live) that reads the engine's stream of tensors. The clock starts when the host sees that the device has
-come to the end of the step, a few microseconds behind its last publication, and stops when the subscriber has read the last block's tensor. A pause between steps keeps
-them apart. "host" is what the model's thread does for a step outside the forward, opening and closing it: in steps that follow each other, as a model decodes, and in those
+The subscriber is a process of its own (bench/live, built to bin/bench-live) that reads the engine's stream of tensors: of the last block's alone, and of all 37. The clock starts
+when the host sees that the device has come to the end of the step, a few microseconds behind its last publication, and stops when the subscriber has read the last block's tensor. A pause
+between steps keeps them apart. "host" is what the model's thread does for a step outside the forward, opening and closing it: in steps that follow each other, as a model decodes, and in those
 with a pause, before which the core's caches have other things to hold.
 """
 
@@ -49,10 +49,10 @@ def engine(store: Path, settings: list[str]) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def subscriber(door: str) -> Iterator[Iterator[int]]:
-    """When each of the last block's tensors was read."""
+def subscriber(door: str, every: bool) -> Iterator[Iterator[int]]:
+    """When each of the last block's tensors was read, by a subscriber of every site or of that one."""
     site = f"blocks.{LAYERS - 1}.hook_resid_post"
-    process = subprocess.Popen([ROOT / "bin" / "bench-live", "-follow", door, "-site", site], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([ROOT / "bin" / "bench-live", "-follow", door, "-site", site, *(["-every"] if every else [])], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
         if process.stdout.readline() != "ready\n":
@@ -92,20 +92,22 @@ class Steps:
 def measure(decode: Decode, batch: int, settings: list[str], steps: int) -> dict[str, list[int]]:
     """Nanoseconds a step: to the subscriber, and of the host with pauses and without."""
     rows = torch.ones(batch, 1, dtype=torch.int64)
-    took: dict[str, list[int]] = {"took": [], "host": [], "paused": []}
+    took: dict[str, list[int]] = {"took": [], "every": [], "host": [], "paused": []}
     with tempfile.TemporaryDirectory() as folder, engine(Path(folder) / "s", settings) as door:
         with dmi.attach(decode.model, ["blocks.*.hook_resid_post", "ln_final.hook_out"], store=Path(folder) / "s", text="none") as session:
             graph, _ = record(decode, lambda: session.step(rows=rows))
             step = Steps(session, graph, rows)
             took["host"] = [step() for _ in range(WARM + steps)]
             session.flush()
-            with subscriber(door) as arrivals:
-                for _ in range(WARM + steps):
-                    took["paused"].append(step())
-                    published = time.time_ns()
-                    arrived = [next(arrivals) for _ in range(batch)][-1]
-                    took["took"].append(arrived - published)
-                    time.sleep(0.002)
+            for name in ("took", "every"):
+                with subscriber(door, every=name == "every") as arrivals:
+                    for _ in range(WARM + steps):
+                        took["paused"].append(step())
+                        published = time.time_ns()
+                        arrived = [next(arrivals) for _ in range(batch)][-1]
+                        took[name].append(arrived - published)
+                        time.sleep(0.002)
+                session.flush()
     return {name: sorted(values[WARM:]) for name, values in took.items()}
 
 
@@ -124,12 +126,16 @@ def main() -> None:
         decode()
         for kind, settings in ENGINES.items():
             took = measure(decode, batch, settings, arguments.steps)
-            p50, p99 = took["took"][len(took["took"]) // 2] / 1e3, took["took"][len(took["took"]) * 99 // 100] / 1e3
+            (p50, p99), (all50, all99) = (
+                (took[name][len(took[name]) // 2] / 1e3, took[name][len(took[name]) * 99 // 100] / 1e3) for name in ("took", "every")
+            )
             host, paused = statistics.median(took["host"]) / 1e3, statistics.median(took["paused"]) / 1e3
-            print(f"batch {batch}{kind}: publication -> subscriber p50 {p50:.0f} us, p99 {p99:.0f} us; host {host:.1f} us a step for {LAYERS + 1} hooks, {paused:.1f} with pauses", flush=True)
+            print(f"batch {batch}{kind}: publication -> subscriber p50 {p50:.0f} us, p99 {p99:.0f} us, of every tensor {all50:.0f} and {all99:.0f} us; host {host:.1f} us a step for {LAYERS + 1} hooks, {paused:.1f} with pauses", flush=True)
             asked = batch == 1  # of one token; a larger batch has as many more to send
             out += [result.row(f"publication on the GPU -> subscriber, p50, batch {batch}{kind}", p50, "us", **({"goal": "<= 150", "met": p50 <= 150} if asked else {})),
                     result.row(f"publication on the GPU -> subscriber, p99, batch {batch}{kind}", p99, "us", **({"goal": "<= 1000", "met": p99 <= 1000} if asked else {})),
+                    result.row(f"publication on the GPU -> subscriber of every tensor, p50, batch {batch}{kind}", all50, "us"),
+                    result.row(f"publication on the GPU -> subscriber of every tensor, p99, batch {batch}{kind}", all99, "us"),
                     result.row(f"host work of a step, {LAYERS + 1} hooks, CUDA graph, batch {batch}{kind}", host, "us", goal="<= 10", met=host <= 10),
                     result.row(f"host work of a step, {LAYERS + 1} hooks, CUDA graph, batch {batch}{kind}, pauses between steps", paused, "us", goal="<= 10", met=paused <= 10)]  # fmt: skip
             raw[f"batch {batch}{kind}"] = {f"{name}_ns": values for name, values in took.items()}

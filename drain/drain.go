@@ -61,6 +61,7 @@ type Drain struct {
 	big     *entry        // the one record at a time that is put together outside staging
 	gone    tensor.Reason // not none: the pump is gone, and with it what is in the payload ring
 	taken   []*entry      // of this pass, whose spill is to be freed
+	spilled *spillPass    // likewise, whose spill the consumer reads; nil: it took none
 	away    uint64        // bytes of spilled payload that were taken away and are not handed on
 	done    uint64        // commands completed
 	foreign uint64        // commands below this were posted by an engine before us, into staging we do not know of
@@ -202,6 +203,10 @@ func (d *Drain) pass() bool {
 		moved = true
 	}
 	d.placeMarks()
+	if d.spilled != nil {
+		d.spilled.left.Add(-1) // where that was the last, there is nobody to be woken by: so it comes before release
+		d.spilled = nil
+	}
 	d.release()
 	return moved
 }

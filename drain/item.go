@@ -1,6 +1,8 @@
 package drain
 
 import (
+	"sync/atomic"
+
 	"dmi/ring"
 	"dmi/tensor"
 )
@@ -51,10 +53,15 @@ type Item struct {
 	drain *Drain
 }
 
-// spillUse is a spill range that the consumer reads in place.
+// spillUse is a spill range that the consumer reads in place, and what else a pass took of the spill.
 type spillUse struct {
 	at, bytes uint64
+	pass      *spillPass
 }
+
+// spillPass counts the ranges of a pass that are in use, and the pass itself. Whoever is done with the last one wakes the drain, which may then give
+// records back. To wake it for each would take the consumer longer than a little tensor does.
+type spillPass struct{ left atomic.Int32 }
 
 // Release ends the use of Data.
 func (i *Item) Release() {
@@ -67,7 +74,9 @@ func (i *Item) Release() {
 	}
 	if i.spill != nil {
 		i.drain.ring.Spilled.Free(i.spill.at, i.spill.bytes)
+		if i.spill.pass.left.Add(-1) == 0 {
+			i.drain.bell.Wake()
+		}
 		i.spill = nil
-		i.drain.bell.Wake() // its record's slot may go now
 	}
 }

@@ -86,7 +86,7 @@ func (h *Hub) forget() {
 
 // Publish offers chunks of one session to whoever subscribed to them, and copies what it keeps: once, for all of them. It does not wait for a subscriber, ever.
 func (h *Hub) Publish(session uint32, chunks []tensor.Chunk) {
-	if h.chunks.Load() == 0 {
+	if !h.Heard() {
 		return
 	}
 	h.mu.Lock()
@@ -107,6 +107,9 @@ func (h *Hub) Publish(session uint32, chunks []tensor.Chunk) {
 		}
 	}
 }
+
+// Heard reports whether there are subscribers.
+func (h *Hub) Heard() bool { return h.chunks.Load() > 0 }
 
 func (h *Hub) frame(session uint32, c tensor.Chunk) *Frame {
 	site, _ := h.site(session, c.Site)

@@ -8,14 +8,13 @@ import (
 
 // deliver hands chunks to live subscribers, who wait for nothing, and then to the store. last: no others follow at once, so those who were woken may run before
 // the store and the books have their turn, which would otherwise keep them waiting where there is one processor, and for another to wake where there are more.
-func (p *Pipeline) deliver(chunks []tensor.Chunk, last bool) error {
+// shown: subscribers have them.
+func (p *Pipeline) deliver(chunks []tensor.Chunk, last, shown bool) error {
 	if len(chunks) == 0 {
 		return nil
 	}
-	if p.options.Live != nil {
-		p.publishing.Lock()
-		p.options.Live.Publish(p.options.Session, chunks)
-		p.publishing.Unlock()
+	if p.options.Live != nil && !shown {
+		p.publish(chunks)
 		if last {
 			runtime.Gosched()
 		}
@@ -31,4 +30,10 @@ func (p *Pipeline) deliver(chunks []tensor.Chunk, last bool) error {
 	p.chunks.Add(uint64(taken)) // once: workers would wait for each other's caches at every row
 	p.bytes.Add(uint64(bytes))
 	return err
+}
+
+func (p *Pipeline) publish(chunks []tensor.Chunk) {
+	p.publishing.Lock()
+	p.options.Live.Publish(p.options.Session, chunks)
+	p.publishing.Unlock()
 }

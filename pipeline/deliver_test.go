@@ -1,9 +1,13 @@
 package pipeline
 
 import (
+	"fmt"
 	"runtime"
+	"slices"
 	"testing"
 
+	"dmi/drain"
+	"dmi/ring"
 	"dmi/tensor"
 )
 
@@ -14,6 +18,7 @@ type order struct {
 }
 
 func (o order) Publish(uint32, []tensor.Chunk) { o.published <- struct{}{} }
+func (o order) Heard() bool                    { return true }
 func (o order) AppendChunk(tensor.Chunk) error { o.turns <- "store"; return nil }
 func (o order) Book([]tensor.Entry) error      { return nil }
 func (o order) subscriber()                    { <-o.published; o.turns <- "subscriber" }
@@ -28,7 +33,7 @@ func TestSubscribersRunBeforeTheStore(t *testing.T) {
 		p := New(Options{Store: o, Live: o})
 		go o.subscriber()
 		runtime.Gosched() // it waits now
-		if err := p.deliver(make([]tensor.Chunk, 1), true); err != nil {
+		if err := p.deliver(make([]tensor.Chunk, 1), true, false); err != nil {
 			t.Fatal(err)
 		}
 		if first, _ := <-o.turns, <-o.turns; first != "subscriber" {
@@ -37,5 +42,44 @@ func TestSubscribersRunBeforeTheStore(t *testing.T) {
 	}
 	if late > times/10 {
 		t.Errorf("the store had its turn before the subscriber %d times of %d", late, times)
+	}
+}
+
+// tally is a Live and a Store that note what they are given, in order.
+type tally struct{ got []string }
+
+func (t *tally) Publish(_ uint32, chunks []tensor.Chunk) {
+	for i := range chunks {
+		t.got = append(t.got, fmt.Sprint("live ", chunks[i].Site))
+	}
+}
+func (t *tally) Heard() bool { return true }
+func (t *tally) AppendChunk(c tensor.Chunk) error {
+	t.got = append(t.got, fmt.Sprint("store ", c.Site))
+	return nil
+}
+func (t *tally) Book([]tensor.Entry) error { return nil }
+
+// Subscribers have all of a token's tensors before the store has the first; what a site gives again, nobody has.
+func TestSubscribersAreAhead(t *testing.T) {
+	list := ring.RowList{Spans: []ring.RowSpan{{Span: ring.Span{Request: 1, Count: 1}}}, Count: 1}
+	step := &drain.Step{Sites: make([]ring.Site, 3), Rows: &ring.Rows{}}
+	step.Rows.Spaces[ring.SpaceTokens] = list
+	for i := range step.Sites {
+		step.Sites[i] = ring.Site{ID: uint32(i), NDim: 2, Role: [ring.MaxDims]uint8{ring.RoleRow, ring.RoleInner}}
+	}
+	batch := []drain.Item{{Kind: drain.Opened, Step: step}}
+	for _, site := range []uint32{0, 2, 1, 2} {
+		batch = append(batch, drain.Item{Kind: drain.Captured, Step: step, Data: make([]byte, 8), Record: ring.Record{Site: site, Rows: 1, Outcome: ring.OutcomeCaptured, PayloadBytes: 8,
+			TensorBytes: 8, DType: ring.DTypeU8, NDim: 2, Size: [ring.MaxDims]uint32{1, 8}, Stride: [ring.MaxDims]uint32{8, 1}, Role: [ring.MaxDims]uint8{ring.RoleRow, ring.RoleInner},
+			Flags: ring.RecordGathered}})
+	}
+	got := &tally{}
+	in := make(chan []drain.Item, 1)
+	in <- append(batch, drain.Item{Kind: drain.Closed, Step: step})
+	close(in)
+	New(Options{Store: got, Live: got}).Run(in)
+	if want := []string{"live 0", "live 2", "store 0", "store 2", "live 1", "store 1"}; !slices.Equal(got.got, want) {
+		t.Errorf("got %q, want %q", got.got, want)
 	}
 }

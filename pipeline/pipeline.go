@@ -22,6 +22,7 @@ type Store interface {
 // Live takes what passes by. It never blocks, and copies what it keeps.
 type Live interface {
 	Publish(session uint32, chunks []tensor.Chunk)
+	Heard() bool // whether anybody would get what is published
 }
 
 // Options of a Pipeline.
@@ -41,6 +42,8 @@ type Options struct {
 type Pipeline struct {
 	options Options
 	slicer  slicer
+	showing slicer      // of ahead
+	shown   []bool      // items of the batch that live subscribers have
 	rules   *selector   // nil: everything that comes is kept
 	workers []chan task // none before they are needed
 	working sync.WaitGroup
@@ -68,7 +71,7 @@ func New(o Options) *Pipeline {
 	if o.ShareBytes == 0 {
 		o.ShareBytes = 1 << 20
 	}
-	p := &Pipeline{options: o, slicer: slicer{session: o.Session}, told: map[uint32]bool{}, twice: map[uint32]bool{}, endings: map[*ending]bool{}}
+	p := &Pipeline{options: o, slicer: slicer{session: o.Session}, showing: slicer{session: o.Session}, told: map[uint32]bool{}, twice: map[uint32]bool{}, endings: map[*ending]bool{}}
 	if o.Rules != nil {
 		p.rules = newSelector(o.Rules)
 	}
@@ -87,6 +90,7 @@ func (p *Pipeline) Run(in <-chan []drain.Item) {
 		for last > 0 && batch[last].Kind != drain.Captured {
 			last--
 		}
+		ahead := 0 // items before it were shown, or will not be
 		for i := range batch {
 			item := &batch[i]
 			switch {
@@ -110,8 +114,12 @@ func (p *Pipeline) Run(in <-chan []drain.Item) {
 			case much || p.sharing[item.Lane]:
 				p.share(item)
 			default:
-				p.slicer.last = i == last
+				if p.options.Live != nil && i >= ahead && item.Kind == drain.Captured {
+					ahead = p.ahead(batch, i)
+				}
+				p.slicer.last, p.slicer.shown = i == last, i < ahead && p.shown[i]
 				p.site(&p.slicer, p.books[item.Lane], item)
+				p.slicer.shown = false
 				item.Release()
 			}
 		}
@@ -323,7 +331,7 @@ func (p *Pipeline) keep(s *slicer, b *book, i *drain.Item, from, to uint32, leve
 				chunks[n].Reduce(level, int(top), site.Keyed(), tensor.Fill(site.Fill))
 			}
 		}
-		if err := p.deliver(chunks, s.last); err != nil {
+		if err := p.deliver(chunks, s.last, s.shown); err != nil {
 			p.event("error", "store", fmt.Sprintf("step %d, site %q: rows cannot be stored: %v; they are lost(io)", r.Step, i.Step.Sites[r.Site].Text(), err))
 			failed = append(failed, settled{from, to, fate{tensor.Lost, tensor.IO, tensor.Full}})
 			return false

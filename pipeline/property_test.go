@@ -3,6 +3,7 @@ package pipeline_test
 import (
 	"bytes"
 	"fmt"
+	"hash/crc32"
 	"math/rand/v2"
 	"slices"
 	"strings"
@@ -110,8 +111,43 @@ func (s *sink) Append(lane int, first uint64, records []byte, tables [][]byte) e
 	return nil
 }
 
+// echo is a Live and what stands before a Store: each is given the same chunks, Live first.
+type echo struct {
+	pipeline.Store
+	mu    sync.Mutex
+	shown map[string]int // that the store has not been given
+	wrong string
+}
+
+func (o *echo) name(c *tensor.Chunk) string {
+	return fmt.Sprint(c.Key, c.Site, c.Attempt, c.First, c.Rows, c.Step, c.DType, c.Level, c.Shape, crc32.ChecksumIEEE(c.Data))
+}
+
+func (o *echo) Publish(_ uint32, chunks []tensor.Chunk) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	for i := range chunks {
+		o.shown[o.name(&chunks[i])]++
+	}
+}
+
+func (o *echo) Heard() bool { return true }
+
+func (o *echo) AppendChunk(c tensor.Chunk) error {
+	o.mu.Lock()
+	name := o.name(&c)
+	if o.shown[name] == 0 {
+		o.wrong = "the store was given a chunk that subscribers were not: " + name
+	} else if o.shown[name]--; o.shown[name] == 0 {
+		delete(o.shown, name)
+	}
+	o.mu.Unlock()
+	return o.Store.AppendChunk(c)
+}
+
 // engine runs drain and pipeline over a producer's ring.
 type engine struct {
+	live     *echo
 	ring     *ring.Ring
 	bell     *ring.Bell
 	drain    *drain.Drain
@@ -150,7 +186,8 @@ func startRuledEngine(t interface{ Fatal(...any) }, p *ringtape.Producer, s engi
 	o.Manifest, o.Sites, o.Event = s, func([]ring.Site) error { return nil }, events
 	e := &engine{ring: r, bell: bell, done: make(chan error, 1), t: t}
 	e.drain = drain.New(r, bell, items, o)
-	e.pipeline = pipeline.New(pipeline.Options{Session: 1, Store: s, Event: events, ShareBytes: 1 << rand.IntN(21), Rules: rules})
+	e.live = &echo{Store: s, shown: map[string]int{}}
+	e.pipeline = pipeline.New(pipeline.Options{Session: 1, Store: e.live, Live: e.live, Event: events, ShareBytes: 1 << rand.IntN(21), Rules: rules})
 	go func() {
 		failed := make(chan error, 1)
 		go func() { failed <- e.drain.Run() }()
@@ -170,6 +207,12 @@ func (e *engine) finish(grace time.Duration) error {
 	}
 	e.bell.Close()
 	e.ring.Close()
+	if e.live.wrong != "" {
+		e.t.Fatal(e.live.wrong)
+	}
+	for name := range e.live.shown {
+		e.t.Fatal("subscribers were given a chunk that the store was not: " + name)
+	}
 	return err
 }
 

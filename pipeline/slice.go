@@ -20,6 +20,7 @@ type slicer struct {
 	chunks  []tensor.Chunk // of the record at hand; reused
 	memory  []byte         // of their data, where it had to be put together; reused
 	last    bool           // no record follows at once
+	shown   bool           // live subscribers have the record's rows
 }
 
 const mostMemory = 16 << 20 // bytes that a slicer keeps between records

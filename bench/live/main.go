@@ -16,6 +16,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -46,6 +47,7 @@ func main() {
 	before := flag.String("before", "", "another engine's program, to measure beside it")
 	following := flag.String("follow", "", "an engine's HTTP socket: write when each tensor of -site was read, in Unix nanoseconds, and do nothing else")
 	site := flag.String("site", siteName(0), "for -follow")
+	every := flag.Bool("every", false, "for -follow: subscribe to every site, not to -site alone")
 	asRelay := flag.String("relay", "", "be the relay that is measured beside the engine, direct or pumped; not for people")
 	flag.Parse()
 	var err error
@@ -53,7 +55,7 @@ func main() {
 	case *asRelay != "":
 		err = relay(*asRelay == "pumped")
 	case *following != "":
-		err = followTo(os.Stdout, *following, *site)
+		err = followTo(os.Stdout, *following, *site, *every)
 	default:
 		err = run(*engine, *before, *steps, *pace, *out)
 	}
@@ -86,6 +88,7 @@ var kinds = []kind{
 	{name: "1 tensor of 5 KiB, best-effort", sites: 1, path: "/v1/live/tensors", goal: true, best: true},
 	{name: "statistics of 1 row of 5 KiB", sites: 1, path: "/v1/live/stats", goal: true},
 	{name: "a group of 37 tensors of 5 KiB, the last of them", sites: 37, path: "/v1/live/tensors"},
+	{name: "a group of 37 tensors of 5 KiB, the last of them to a subscriber of that one", sites: 37, path: "/v1/live/tensors?site=" + siteName(36)},
 	{name: "1 tensor of 5 KiB by way of the payload ring", sites: 1, path: "/v1/live/tensors", pumped: true, best: true},
 }
 
@@ -300,8 +303,11 @@ func subscribe(socket, path string) (io.ReadCloser, error) {
 }
 
 // followTo writes a line for each tensor of a site that came, until the engine ends.
-func followTo(out io.Writer, socket, site string) error {
-	const path = "/v1/live/tensors"
+func followTo(out io.Writer, socket, site string, every bool) error {
+	path := "/v1/live/tensors"
+	if !every {
+		path += "?site=" + url.QueryEscape(site)
+	}
 	body, err := subscribe(socket, path)
 	if err != nil {
 		return err
