@@ -91,8 +91,8 @@ DMI_API int64_t dmi_ring_add_site(int64_t ring, const struct dmi_site* site);
 /* Whether an engine has the ring. Without one nobody is woken. */
 DMI_API int32_t dmi_ring_set_attached(int64_t ring, int32_t attached);
 
-/* Which of the groups that the engine named `groups` these requests are in: a bit of `members` each, group 1 first. From the next step on. What was said of
- * other groups is forgotten. `members` NULL: the requests have no rows any more, and are forgotten. */
+/* Which of the groups that the engine named `groups` these requests are in: a bit of `members` each, group 1 first. From the next step on.
+ * What was said of other groups is forgotten. `members` NULL: the requests have no rows any more, and are forgotten. */
 DMI_API int32_t dmi_ring_set_groups(int64_t ring, uint64_t groups, const uint64_t* requests, const uint64_t* members, uint32_t count);
 
 /* One dmi_counters a lane, `lanes` at most; returns how many. */

@@ -44,11 +44,16 @@ DMI_HD void each_part(const Fixed& f, const Tensor& t, const Plan& p, Visit visi
 constexpr uint32_t kWarpShift = 3;  // log2 of the warps of a block
 constexpr uint32_t kMostWarps = 1u << kWarpShift;
 constexpr uint32_t kWarpBytes = 6 << 10;  // of a row that a warp has alone
+#ifdef DMI_WARPS_ALONE  // for racecheck, which loses track of a block where some of its warps meet at a barrier of their own
+constexpr uint32_t kTeamShift = 0;
+#else
+constexpr uint32_t kTeamShift = kWarpShift;
+#endif
 
 // Log2 of the warps that compute a row together, of so many rows.
 DMI_HD inline uint32_t team_shift(const Plan& p, uint32_t rows) {
   uint32_t shift = 0;
-  while (shift < kWarpShift && (p.row_bytes > kWarpBytes << shift || rows << shift < kMostWarps)) ++shift;
+  while (shift != kTeamShift && (p.row_bytes > kWarpBytes << shift || rows << shift < kMostWarps)) ++shift;
   return shift;
 }
 
