@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 
 import dmi
-from sessions import balanced, llama, plainly, prompts, until
+from sessions import alive, balanced, engine_pid, llama, plainly, prompts, until
 
 RESIDUAL = "blocks.*.hook_resid_post"
 pytestmark = pytest.mark.newest
@@ -97,6 +99,29 @@ def test_requests_of_rules_are_told_apart_in_the_ring_whoever_changes_what(tmp_p
         assert moved("- {level: full, requests: {tags: [all]}}") == 0, "those of the session are not those of a run beside it"
         sets = "".join(f"- {{name: r{i}, level: full, requests: {{tags: [t{i}]}}}}\n" for i in range(65))
         assert moved(sets) == 5 * rows, "more groups than a producer can tell apart: it gives what any of them may need"
+        assert balanced(session.coverage())
+
+
+def test_an_engine_that_comes_back_names_its_groups_again(tmp_path: Path) -> None:
+    """Requests that began before it went, and those that begin after it is back."""
+    model, site = llama(), "blocks.1.hook_resid_post"
+    with dmi.attach(model, site, store=tmp_path / "s", mode="best-effort") as session, torch.no_grad():
+        session.policy.set("default: off\nrules:\n- {level: full, requests: {ids: '*.1'}}\n")
+        session.flush()
+        out = model(prompts(3, 4), use_cache=True)
+        session.flush()  # what is not durable goes with the engine
+        pid = engine_pid(tmp_path / "s")
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: not alive(pid) and session.status()["reconnections"] == 1 and session.status()["connected"])
+        session.flush()
+        model(prompts(3, 1), use_cache=True, past_key_values=out.past_key_values)
+        with session.record():
+            model(prompts(2, 4), use_cache=False)
+        session.flush()
+        assert session.status()["ring"]["captured_rows"] == 4 + 1 + 4
+        for request in session.requests:
+            positions = range(5 if session.requests.index(request) < 3 else 4)
+            assert captured(session, request, site) == (set(positions) if request.endswith(".1") else set())
         assert balanced(session.coverage())
 
 
