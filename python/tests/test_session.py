@@ -243,9 +243,19 @@ def test_steps_by_hand(tmp_path: Path) -> None:
             model(x)
         with session.step(rows=[1, 1], requests=numbers):
             model(x[:2])
+        one = [1, 1]
+        with session.step(rows=one, requests=numbers):  # the next, a token later, is told as such: of an equal list
+            model(x[1:3])
+        one[1] = 2  # of the same list that is another
+        with session.step(rows=one, requests=numbers):
+            model(x[:3])
+        with session.step(rows=(1, 1), requests=numbers):
+            model(x[3:])
         want = model.linear(x)
-        assert torch.equal(session.cache(request=session.requests[0])["here"], torch.cat([want[:2], model.linear(x[:2])[:1]]))
-        assert torch.equal(session.cache(request=session.requests[1])["here"], torch.cat([want[2:], model.linear(x[:2])[1:]]))
+        token = model.linear(x[:2])
+        for number, parts in enumerate(([want[:2], token[:1], model.linear(x[1:3])[:1], model.linear(x[:3])[:1], model.linear(x[3:])[:1]],
+                                        [want[2:], token[1:], model.linear(x[1:3])[1:], model.linear(x[:3])[1:], model.linear(x[3:])[1:]])):  # fmt: skip
+            assert torch.equal(session.cache(request=session.requests[number])["here"], torch.cat(parts))
 
 
 def test_a_step_by_hand_is_told_how_many_keys_a_cache_holds(tmp_path: Path) -> None:

@@ -39,6 +39,12 @@ class _Again:
     decoding: Decoding
     keys: int
 
+    def fits(self, rows: Any) -> bool:
+        """Whether a step of these rows is the next. `rows` is another list each time, perhaps, but mostly the same tensor."""
+        if isinstance(rows, Tensor):
+            return rows is self.rows and rows._version == self.version
+        return type(rows) is type(self.rows) and bool(rows == self.rows)
+
 
 class _ByHand:
     """What `Steps.by_hand` gives. No generator: that would cost as much again as all that it does."""
@@ -313,12 +319,7 @@ class Steps:
         if self._owner is not None:
             raise HookError("session.step: a step is open already on this thread; close it first")
         again = self._hand_again
-        if (
-            again is not None
-            and again.rows is rows
-            and (requests is again.numbers or requests == again.numbers)
-            and again.version == (rows._version if isinstance(rows, Tensor) else 0)
-        ):
+        if again is not None and again.fits(rows) and (requests is again.numbers or requests == again.numbers):
             step = self._starting(again.numbers)
             self._ring.open_next(again.decoding.next(), step, again.keys if keys is None else keys)
             self._owner = "hand"
@@ -397,11 +398,12 @@ class Steps:
         else:
             table = padded(using, forward)
             opening = {"width": (forward.tokens, forward.tokens, 0), "keys": forward.tokens}
-        # The next is mostly the same. A list may be another one by then; an inference tensor does not say whether it is.
-        same = not isinstance(rows, list) if forward is None else forward.tokens == 1 and not rows.is_inference()
+        # The next is mostly the same. An inference tensor does not say whether it is.
+        same = forward is None or (forward.tokens == 1 and not rows.is_inference())
         if same and set(counts) == {1}:
             series = self._ring.series(table, width=opening["width"], packed=opening.get("packed", False))
-            self._hand_again = _Again(rows, 0 if forward is None else rows._version, numbers, Decoding(using, series), opening.get("keys", 0))
+            version = 0 if forward is None else rows._version
+            self._hand_again = _Again(list(rows) if isinstance(rows, list) else rows, version, numbers, Decoding(using, series), opening.get("keys", 0))
         return numbers, table, opening
 
 
