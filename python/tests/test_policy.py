@@ -73,6 +73,8 @@ def test_refused_policies_change_nothing(tmp_path: Path) -> None:
         }.items():
             with pytest.raises(ValueError, match=said):
                 session.policy.set(document)
+        with pytest.raises(ValueError, match='as JSON:\nline 4:    "level": "ful"'):
+            session.policy.set({"rules": [{"level": "ful"}]})
         assert session.policy.get()["revision"]["revision"] == 0
         model(prompts(1, 3), use_cache=False)
         assert session.cache()["resid_post", 1].shape == (1, 3, 64)

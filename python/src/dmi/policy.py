@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -32,8 +33,15 @@ class Policy:
     def set(self, document: str | Mapping[str, Any]) -> dict[str, Any]:
         """Put a document into force: YAML text, or the same as a dictionary. Raises ValueError with line and column of everything that
         is wrong, or that producers cannot do; then nothing changes."""
-        text = document if isinstance(document, str) else json.dumps(document, indent=1)
-        return dict(self._client().put("/policy", text.encode()))
+        if isinstance(document, str):
+            return dict(self._client().put("/policy", document.encode()))
+        text = json.dumps(document, indent=1)
+        try:
+            return dict(self._client().put("/policy", text.encode()))
+        except ValueError as error:  # whose lines are of a text that nobody wrote
+            lines = text.splitlines()
+            numbers = sorted({int(number) for number in re.findall(r"\bline (\d+)", str(error)) if 0 < int(number) <= len(lines)})
+            raise ValueError("\n".join([str(error), "where the document is, as JSON:", *(f"line {n}: {lines[n - 1]}" for n in numbers)])) from None
 
     def off(self) -> dict[str, Any]:
         """The brake: nothing is captured any more, whatever the document says."""
