@@ -81,6 +81,8 @@ class Engine {
     uint64_t part_spilled = 0;  // bytes of them that came from the spill region
   };
 
+  // Payload that lies together is copied together, as far as records tell of it: where it is their number that counts.
+  bool together = false;
   // Instead of the check of values, where it is set: the rows that a record settles, and a captured one's bytes.
   std::function<void(const Lane&, const dmi_record&, const std::vector<std::byte>&)> observe;
 
@@ -223,7 +225,7 @@ class Engine {
       // What becomes of the rows otherwise follows.
       for (uint32_t row = r.row_first; row < r.row_first + r.rows; ++row) CHECK_EQ(settled[row], 0);
       books_.offered += r.payload_bytes;
-      const std::vector<std::byte> bytes = fetch(r);
+      const std::vector<std::byte> bytes = fetch(lane, r);
       if (observe) observe(lane, r, bytes);
       return;
     }
@@ -242,7 +244,7 @@ class Engine {
     books_.bytes += r.payload_bytes;
     if (!observe) CHECK_EQ(r.dtype, DMI_DTYPE_U32);
     CHECK_EQ(r.payload % DMI_PAYLOAD_ALIGN, 0u);
-    std::vector<std::byte> bytes = fetch(r);
+    std::vector<std::byte> bytes = fetch(lane, r);
     if (r.tensor_bytes != r.payload_bytes) {
       ++books_.parts;
       CHECK(r.flags & DMI_RECORD_GATHERED);
@@ -297,7 +299,7 @@ class Engine {
     }
   }
 
-  std::vector<std::byte> fetch(const dmi_record& r) {
+  std::vector<std::byte> fetch(const Lane& lane, const dmi_record& r) {
     std::vector<std::byte> bytes(r.payload_bytes);
     if (r.place == DMI_PLACE_SPILL) {
       books_.spilled += r.payload_bytes;
@@ -308,11 +310,40 @@ class Engine {
       return bytes;
     }
     CHECK_EQ(r.place, DMI_PLACE_RING);
+    if (!together) {
+      copy(r.payload, bytes);
+    } else {
+      if (r.payload < ahead_at_ || r.payload + r.payload_bytes > ahead_at_ + ahead_.size()) {
+        ahead_at_ = r.payload;
+        ahead_.resize(reach(lane, r) - r.payload);
+        copy(r.payload, ahead_);
+      }
+      std::copy_n(ahead_.begin() + (r.payload - ahead_at_), r.payload_bytes, bytes.begin());
+    }
+    free(payload_, control_.payload_tail.value, r);
+    return bytes;
+  }
+
+  // How far the payload of published records reaches behind a record's, without a hole, to what staging takes.
+  uint64_t reach(const Lane& lane, const dmi_record& first) {
+    const uint64_t index = uint64_t(&lane - lanes_.data()), capacity = mapping_.header().record_capacity;
+    uint64_t end = first.payload + first.payload_bytes;
+    for (uint64_t next = lane.next + 1;; ++next) {
+      dmi_record* slot = mapping_.records(uint32_t(index)) + (next & (capacity - 1));
+      if (dmi::load_acquire(slot->seq) != next + 1) return end;
+      const dmi_record r = *slot;
+      if (r.kind != DMI_KIND_CAPTURE || r.place != DMI_PLACE_RING || r.payload != dmi::aligned(end)) return end;
+      if (r.payload + r.payload_bytes - first.payload > mapping_.header().staging_bytes) return end;
+      end = r.payload + r.payload_bytes;
+    }
+  }
+
+  void copy(uint64_t payload, std::vector<std::byte>& bytes) {
     const uint64_t staging = mapping_.header().staging_bytes;
-    for (uint64_t done = 0; done < r.payload_bytes;) {
-      const uint64_t piece = std::min(staging, r.payload_bytes - done);
+    for (uint64_t done = 0; done < bytes.size();) {
+      const uint64_t piece = std::min<uint64_t>(staging, bytes.size() - done);
       const uint64_t id = posted_++;
-      mapping_.commands()[id & (mapping_.header().command_capacity - 1)] = {r.payload + done, piece, staging - piece, id};
+      mapping_.commands()[id & (mapping_.header().command_capacity - 1)] = {payload + done, piece, staging - piece, id};
       dmi::store_release(control_.commands_head.value, posted_);
       dmi::full_fence();
       if (dmi::load_relaxed(control_.pump_waiting.value) != 0) dmi::ring_bell(mapping_.pump_bell());
@@ -323,8 +354,6 @@ class Engine {
       std::memcpy(bytes.data() + done, mapping_.staging() + staging - piece, piece);
       done += piece;
     }
-    free(payload_, control_.payload_tail.value, r);
-    return bytes;
   }
 
   struct Space {
@@ -349,6 +378,8 @@ class Engine {
   std::vector<Lane> lanes_;
   Space payload_, spill_;
   uint64_t posted_ = 0;
+  uint64_t ahead_at_ = 0;
+  std::vector<std::byte> ahead_;  // payload from there on, already copied
   uint32_t laziness_us_ = 0;
   Books books_;
   std::atomic<bool> stop_{false};

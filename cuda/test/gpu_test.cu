@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <chrono>
 #include <string>
 
 #include "engine.h"
@@ -242,14 +243,17 @@ void soak(dmi_mode mode, uint64_t records) {
       CHECK_EQ(bytes.size(), r.rows * kWidth * sizeof(uint32_t));
       for (std::byte b : bytes) CHECK(b == std::byte{0x5a});
     };
+    engine.together = true;
     engine.start();
+    auto told = std::chrono::steady_clock::now();
     for (uint64_t step = 0; step < steps; ++step) {
       const int32_t opened = dmi_step_open(ring, step, &span, 1, widths, 0, 0, stream);
       CHECK(opened == 1 || (opened == 0 && mode == DMI_MODE_BEST_EFFORT));
       CUDA(cudaGraphLaunch(replay, stream));
       CHECK_EQ(dmi_step_close(ring, step, 0, stream), DMI_OK);
       if (step % 64 == 63) CUDA(cudaStreamSynchronize(stream));  // as a loop that looks at its tokens does
-      if (step % 4096 == 4095) {
+      if (std::chrono::steady_clock::now() - told > std::chrono::seconds(5)) {
+        told = std::chrono::steady_clock::now();
         std::printf("  %llu of %llu steps\n", (unsigned long long)(step + 1), (unsigned long long)steps);
         std::fflush(stdout);
       }

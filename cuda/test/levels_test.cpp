@@ -331,6 +331,7 @@ class World {
       sites_.push_back(site);
     }
     engine_ = std::make_unique<Engine>(ring_);
+    engine_->together = below(2) == 0;
     engine_->observe = [this](const Engine::Lane& lane, const dmi_record& r, const std::vector<std::byte>& bytes) { see(lane, r, bytes); };
     exact_ = ring == Ring::kRoomy || mode == DMI_MODE_COMPLETE;
     threaded_ = mode == DMI_MODE_COMPLETE;
