@@ -1,6 +1,8 @@
 // dmi::capture, the torch op: unpacks its arguments and calls dmi_capture. Built on libtorch's stable ABI, so that one
 // library serves every torch from 2.11 on; it takes neither the GIL nor memory of torch's.
 //
+// dmi::copy is a clone that no compiler takes for one: of a tensor that waits for its capture, while others write where it was.
+//
 // `ring` is an int64[1] tensor, declared as mutated: that is what keeps the compilers from dropping captures or changing their
 // order. On the CPU it holds the ring's handle; on a device, where reading it would be a wait, its address says which ring it is.
 #include <dlfcn.h>
@@ -181,8 +183,22 @@ void capture(StableIValue* stack, uint64_t arguments, uint64_t) {
   held.clear();
 }
 
+void copy(StableIValue* stack, uint64_t arguments, uint64_t) {
+  STD_TORCH_CHECK(arguments == 1, "dmi::copy: takes a tensor");
+  const TensorArgument tensor(stack[0]);
+  AtenTensorHandle copied = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_clone(tensor.get(), &copied));
+  stack[0] = torch::stable::detail::from(copied);
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY(dmi, library) { library.def("capture(Tensor(a!) ring, Tensor[] tensors, SymInt[] sites) -> ()"); }
+STABLE_TORCH_LIBRARY(dmi, library) {
+  library.def("capture(Tensor(a!) ring, Tensor[] tensors, SymInt[] sites) -> ()");
+  library.def("copy(Tensor tensor) -> Tensor");
+}
 
-STABLE_TORCH_LIBRARY_IMPL(dmi, CompositeExplicitAutograd, library) { library.impl("capture", capture); }
+STABLE_TORCH_LIBRARY_IMPL(dmi, CompositeExplicitAutograd, library) {
+  library.impl("capture", capture);
+  library.impl("copy", copy);
+}

@@ -1,7 +1,8 @@
 """libdmi from Python: the capture op, and the ring that it writes.
 
 The op is ``torch.ops.dmi.capture(ring.tensor, tensors, sites)``: it copies a group of tensors, each to its site, into the step that the
-calling thread has open on that ring. Outside an open step, on a closed ring, and in a forked child it does nothing.
+calling thread has open on that ring. Outside an open step, on a closed ring, and in a forked child it does nothing. ``torch.ops.dmi.copy(tensor)``
+is a clone that compilers leave where it is.
 """
 
 from __future__ import annotations
@@ -129,6 +130,10 @@ def _load() -> ctypes.CDLL:
     @torch.library.register_fake("dmi::capture")
     def _capture(ring: torch.Tensor, tensors: Sequence[torch.Tensor], sites: Sequence[int]) -> None:
         return None
+
+    @torch.library.register_fake("dmi::copy")
+    def _copy(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.clone()
 
     return library
 

@@ -1,38 +1,160 @@
-"""Hooks on vLLM's modules. They are traced with the model and live in its CUDA graphs; each captures at once, because vLLM's fused
-norms take over the memory of what they are given. Sites of one module share a call of the op.
+"""Hooks on vLLM's modules. They are traced with the model and live in its CUDA graphs.
 
-The ring's tensor is an attribute of each hooked module, not of the hook: what vLLM compiled and stored for another process looks it up
-there again. Site numbers are the sites' places in the plan, which the digest in vLLM's cache key covers."""
+A call of the op is a launch, which costs as much as copying megabytes: so tensors wait, and a group of them goes to the op in one call. Where groups end
+is decided when the hooks are placed, by what the plan and the scheduler's bounds say, and not by what flows: a traced size would become a guard, and all
+batch sizes run the same code. Nothing waits for longer than a forward of the backbone.
+
+What vLLM may write over is copied before it waits: a fused norm gives its results in the memory of what it was given, a rotary embedding turns queries and keys
+where they are. By `dmi::copy`, and not by a clone: Inductor and vLLM's passes remove clones, and vLLM's make operations in place without asking who else reads. What
+users declare may be anything, and is captured at once.
+
+The ring and what waits are attributes of each hooked module, not of the hooks: what vLLM compiled and stored for another process looks them up there again. Site numbers
+are the sites' places in the plan. The digest in vLLM's cache key covers both."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dmi.hook import LAUNCH_TENSORS
 from dmi.instrument import Plan
-from dmi.sites import Tap
-from dmi.vllm.sites import taken
+from dmi.sites import LOGITS, SiteSpec, Tap
+from dmi.vllm.sites import RESIDUAL, last_norm, residual, taken
 
-RING = "dmi_ring"
+WAITING_BYTES = 512 << 20
+"""Of what waits at most, in a step of as many tokens as the scheduler gives. vLLM's profiling run, which is such a step, counts it."""
+
+RING, WAITING, SUM = "dmi_ring", "dmi_waiting", "dmi_sum"
+
+AT_ONCE, COPIED, KEPT = "at once", "copied", "kept"
+
+
+def _how(site: SiteSpec) -> str:
+    """A user's own point has no size that is known before, and logits are computed outside of what is compiled."""
+    if site.bytes_per_token is None or site.space == LOGITS:
+        return AT_ONCE
+    return KEPT if site.grouped else COPIED
+
+
+@dataclass
+class Place:
+    """A module's arguments or its output, and what is taken there: the index of the site in the plan, where its tensor is, and how it waits."""
+
+    path: str
+    side: str
+    taps: list[tuple[int, Tap, str]] = field(default_factory=list)
+    begins: bool = False
+    """What waited before is captured first."""
+    ends: bool = False
+    """All that waits is captured then."""
+    given: bool = False
+    """It is a norm's arguments, which hold something else afterwards."""
+
+
+class Arrangement:
+    """What of a plan is taken where, in the order of a forward, and where groups end."""
+
+    def __init__(self, model: nn.Module, plan: Plan, tokens: int) -> None:
+        """`tokens`: of a step, at most."""
+        self.places: list[Place] = []
+        self._names = [f"{site.name} {_how(site)}" for site in plan.sites]
+        found: dict[tuple[str, str], Place] = {}
+        waiting = held = 0
+        for index, site in enumerate(plan.sites):
+            found.setdefault((site.tap.path, site.tap.side), Place(site.tap.path, site.tap.side)).taps.append((index, site.tap, _how(site)))
+        for place in found.values():
+            wait = [plan.sites[index] for index, _, how in place.taps if how != AT_ONCE]
+            size = sum(site.bytes_per_token or 0 for site in wait)
+            if waiting and wait and (waiting + len(wait) > LAUNCH_TENSORS or (held + size) * tokens > WAITING_BYTES):
+                place.begins, waiting, held = True, 0, 0
+            waiting, held = waiting + len(wait), held + size
+            place.given = place.side == "in" and any(site.tap.which == RESIDUAL and not site.name.endswith("hook_resid_pre") for site in wait)
+            self.places.append(place)
+        if waiting:
+            path = last_norm(model)
+            assert path is not None, "only sites of a known tree wait"
+            if (path, "out") not in found:
+                self.places.append(Place(path, "out"))
+                found[path, "out"] = self.places[-1]
+            found[path, "out"].ends = True
+
+    @property
+    def calls(self) -> int:
+        """Of the op, in a forward, logits included."""
+        alone = sum(any(how == AT_ONCE for _, _, how in place.taps) for place in self.places)
+        return alone + sum(place.begins + place.ends for place in self.places)
+
+    def words(self) -> list[str]:
+        """All that compiled code depends on."""
+        return [*self._names, *(f"{place.path} {place.side}" for place in self.places if place.begins)]
 
 
 class _Hook:
-    def __init__(self, taps: Sequence[tuple[int, Tap]]) -> None:
-        self.taps = tuple(taps)
+    def __init__(self, place: Place, numbers: Sequence[int]) -> None:
+        self.taps = tuple((numbers[index], tap, how) for index, tap, how in place.taps)
+        self.begins, self.ends, self.given = place.begins, place.ends, place.given
+        self.together = sum(how == COPIED and tap.which is None for _, tap, how in self.taps) > 1
+        """Parts of one tensor are copied as a whole."""
 
     def take(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        tensors: list[Tensor] = []
-        sites: list[int] = []
-        for site, tap in self.taps:
-            tensor = taken(tap, args, kwargs, output)
-            if tensor is not None:
-                tensors.append(tensor)
-                sites.append(site)
-        if len(tensors) > 0:
-            torch.ops.dmi.capture(module.dmi_ring, tensors, sites)
+        if self.begins:
+            _capture(module)
+        now: list[tuple[Tensor, int]] = []
+        stream: tuple[Tensor, bool] | None = None
+        copied: Tensor | None = None
+        for site, tap, how in self.taps:
+            keep = how != COPIED
+            if tap.which == RESIDUAL:
+                if stream is None:
+                    stream = _stream(module, tap, args, kwargs, output)
+                tensor, keep = stream
+            else:
+                found = taken(tap, args, kwargs, output)
+                if found is None:
+                    continue
+                tensor = found
+                if not keep and self.together and tap.which is None:
+                    if copied is None:
+                        copied = torch.ops.dmi.copy(tensor)
+                    tensor, keep = copied, True
+            if tap.transform is not None:
+                tensor, keep = tap.transform(tensor), keep or how == KEPT
+            if how == AT_ONCE:
+                now.append((tensor, site))
+            else:
+                module.dmi_waiting.append((tensor if keep else torch.ops.dmi.copy(tensor), site))
+        if self.given and not torch.compiler.is_compiling():
+            module.dmi_sum.clear()
+        if len(now) > 0:
+            torch.ops.dmi.capture(module.dmi_ring, [tensor for tensor, _ in now], [site for _, site in now])
+        if self.ends:
+            _capture(module)
+
+
+def _capture(module: Any) -> None:
+    """What waits."""
+    waiting = module.dmi_waiting
+    if len(waiting) > 0:
+        torch.ops.dmi.capture(module.dmi_ring, [tensor for tensor, _ in waiting], [site for _, site in waiting])
+        waiting.clear()
+
+
+def _stream(module: Any, tap: Tap, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> tuple[Tensor, bool]:
+    """The residual stream, and whether it is a tensor of ours. A block's output, and what the next block and its norm are given, are one sum: compilers see that
+    themselves."""
+    hidden, other = residual(tap, args, kwargs, output)
+    if other is None:
+        return hidden, False
+    if torch.compiler.is_compiling():
+        return hidden + other, True
+    last = module.dmi_sum
+    if len(last) == 0 or last[0] is not hidden or last[1] is not other:
+        last[:] = hidden, other, hidden + other
+    return last[2], True
 
 
 class _Before(_Hook):
@@ -46,25 +168,29 @@ class _After(_Hook):
 
 
 class Hooks:
-    """Hooks of a plan that are in place."""
+    """Hooks of an arrangement that are in place."""
 
-    def __init__(self, model: nn.Module, plan: Plan, ring: Tensor, numbers: Sequence[int]) -> None:
+    def __init__(self, model: nn.Module, arrangement: Arrangement, ring: Tensor, numbers: Sequence[int]) -> None:
         self._handles: list[Any] = []
-        self._modules: list[nn.Module] = []
-        places: dict[tuple[str, str], list[tuple[int, Tap]]] = {}
-        for site, number in zip(plan.sites, numbers, strict=True):
-            places.setdefault((site.tap.path, site.tap.side), []).append((number, site.tap))
-        for (path, side), taps in places.items():
-            module = model.get_submodule(path)
-            object.__setattr__(module, RING, ring)
-            self._modules.append(module)
-            if side == "in":
-                self._handles.append(module.register_forward_pre_hook(_Before(taps), with_kwargs=True))
+        self._waiting: list[tuple[Tensor, int]] = []
+        self._sum: list[Tensor] = []
+        for place in arrangement.places:
+            module = model.get_submodule(place.path)
+            for name, value in ((RING, ring), (WAITING, self._waiting), (SUM, self._sum)):
+                object.__setattr__(module, name, value)
+            if place.side == "in":
+                self._handles.append(module.register_forward_pre_hook(_Before(place, numbers), with_kwargs=True))
             else:
-                self._handles.append(module.register_forward_hook(_After(taps), with_kwargs=True))
+                self._handles.append(module.register_forward_hook(_After(place, numbers), with_kwargs=True))
+
+    def clear(self) -> None:
+        """Begin anew: forget what a forward that was aborted left behind."""
+        self._waiting.clear()
+        self._sum.clear()
 
     def remove(self) -> None:
         """The ring stays where compiled code looks for it: it is closed, and captures nothing."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self.clear()

@@ -14,7 +14,7 @@ from dmi.instrument import Plan, Ring
 from dmi.requests import Requests
 from dmi.session import Session
 from dmi.vllm.batches import Asked, Batch, Batches
-from dmi.vllm.hooks import Hooks
+from dmi.vllm.hooks import Arrangement, Hooks
 from dmi.vllm.settings import DIGEST, KEY, Settings
 from dmi.vllm.sites import plan
 
@@ -22,13 +22,13 @@ from dmi.vllm.sites import plan
 class Observer:
     """What `Session` needs of an instrumentation, driven by a model runner."""
 
-    def __init__(self, runner: Any, model: nn.Module, chosen: Plan, ring: Ring, numbers: Sequence[int], requests: Requests) -> None:
+    def __init__(self, runner: Any, model: nn.Module, arrangement: Arrangement, ring: Ring, numbers: Sequence[int], requests: Requests) -> None:
         self._ring = ring
         self._requests = requests
         self._batches = Batches(requests, runner.max_model_len)
         self._step = 0
         self._opened = False
-        self._hooks = Hooks(model, chosen, ring.tensor, numbers)
+        self._hooks = Hooks(model, arrangement, ring.tensor, numbers)
 
     # -------------------------------------------------------------- the runner's calls
     def scheduled(self, output: Any) -> None:
@@ -49,12 +49,15 @@ class Observer:
         self._step = self._requests.next_step()
         self._ring.open_step(self._step, table, width=(0, 0, 0), packed=True)
         self._opened = True
+        self._hooks.clear()
         self._batches.tell_finished(self._step)
 
     def close(self, *, aborted: bool) -> None:
         """Its logits are there: what the model computes from here on, prompt logprobs say, is no row."""
         if self._opened:
             self._opened = False
+            if aborted:
+                self._hooks.clear()
             self._ring.close_step(self._step, aborted=aborted)
 
     def asked(self) -> Asked:
@@ -95,12 +98,13 @@ def observe(runner: Any, settings: Settings) -> tuple[Session, Observer]:
     model = runner.get_model()
     ranks = runner.vllm_config.parallel_config.tensor_parallel_size
     chosen = plan(model, settings.hooks, ranks)
-    _tell_compiler(runner.vllm_config, settings.digest([site.name for site in chosen.sites]))
+    arrangement = Arrangement(model, chosen, runner.vllm_config.scheduler_config.max_num_batched_tokens)
+    _tell_compiler(runner.vllm_config, settings.digest(arrangement.words()))
     session = new_session(settings.mode, settings.text, None, None, ())
     observers: list[Observer] = []
 
     def install(model: nn.Module, plan: Plan, ring: Ring, numbers: Sequence[int], requests: Requests) -> Observer:
-        observers.append(Observer(runner, model, plan, ring, numbers, requests))
+        observers.append(Observer(runner, model, arrangement, ring, numbers, requests))
         return observers[-1]
 
     ring = {

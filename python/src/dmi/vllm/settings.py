@@ -31,9 +31,9 @@ class Settings:
     wait_bound_s: float = 30
     token: str = ""
 
-    def digest(self, sites: Sequence[str]) -> str:
-        """Of what compiled code depends on: which hooks there are, and the numbers that they have got, which are their places."""
-        return sha256("\n".join(sites).encode()).hexdigest()[:16]
+    def digest(self, words: Sequence[str]) -> str:
+        """Of what compiled code depends on: which hooks there are, the numbers that they have got, which are their places, and where groups end."""
+        return sha256("\n".join(words).encode()).hexdigest()[:16]
 
 
 def asked_for(additional: Any, environ: Mapping[str, str] = os.environ) -> Settings | None:

@@ -1,4 +1,5 @@
-"""The vocabulary in vLLM's own model trees: which of the names of docs/sites.md they give, where, and which not and why.
+"""The vocabulary in vLLM's own model trees: which of the names of docs/sites.md they give, where, and which not and why. `grouped` are those that nothing in
+vLLM writes over before the forward ends.
 
 vLLM packs the tokens of all requests into one dimension, T here; carries the residual stream as two tensors, whose sum is what
 Hugging Face's models call the hidden state; and fuses projections. Values are those of the unfused model."""
@@ -117,10 +118,10 @@ class _Vocabulary:
         parameter = next(model.parameters(), None)
         self.item_bytes = 4 if parameter is None else parameter.element_size()
         embed = f"{tree.backbone}.{tree.embed}"
-        self.add("tokens", Tap(embed, "in"), 1, aliases=("embed.hook_in",), flags=OPTIONAL, roles=(ROW,))
+        self.add("tokens", Tap(embed, "in"), 1, aliases=("embed.hook_in",), flags=OPTIONAL, roles=(ROW,), grouped=True)
         dtype = torch.float32 if parameter is None else parameter.dtype
         scale = times(torch.tensor(self.d_model**0.5, dtype=dtype).item()) if tree.scaled else None
-        self.add("hook_embed", Tap(embed, "out", None, scale), self.d_model, aliases=("embed.hook_out", embed), flags=OPTIONAL)
+        self.add("hook_embed", Tap(embed, "out", None, scale), self.d_model, aliases=("embed.hook_out", embed), flags=OPTIONAL, grouped=tree.scaled)
         if tree.positions is not None:
             positions = f"{tree.backbone}.{tree.positions}"
             self.add("hook_pos_embed", Tap(positions, "out"), self.d_model, aliases=("pos_embed.hook_out", positions))
@@ -150,9 +151,10 @@ class _Vocabulary:
 
     def _norm(self, name: str, path: str, layer: int | None, aliases: tuple[str, ...]) -> None:
         scale, normalized = norm_statistics(self.model.get_submodule(path))
-        self.add(f"{name}.hook_scale", Tap(path, "in", RESIDUAL, scale), 1, layer=layer)
-        self.add(f"{name}.hook_normalized", Tap(path, "in", RESIDUAL, normalized), self.d_model, layer=layer)
-        self.add(f"{name}.hook_out", Tap(path, "out"), self.d_model, layer=layer, aliases=(*aliases, path))
+        wider = max(4, self.item_bytes) // self.item_bytes  # float32 at least
+        self.add(f"{name}.hook_scale", Tap(path, "in", RESIDUAL, scale), wider, layer=layer, grouped=True)
+        self.add(f"{name}.hook_normalized", Tap(path, "in", RESIDUAL, normalized), wider * self.d_model, layer=layer, grouped=True)
+        self.add(f"{name}.hook_out", Tap(path, "out"), self.d_model, layer=layer, aliases=(*aliases, path), grouped=True)
 
     def _block(self, layer: int, path: str) -> None:
         tree, name, d = self.tree, f"blocks.{layer}", self.d_model
@@ -167,11 +169,11 @@ class _Vocabulary:
         if tree.gated:
             for index, (hook, alias) in enumerate((("hook_pre", "gate"), ("hook_pre_linear", "in"))):
                 part = piece(index * self.d_mlp, (index + 1) * self.d_mlp)
-                self.shard(f"{name}.mlp.{hook}", Tap(f"{path}.{tree.up}", "out", None, part), self.d_mlp, aliases=(f"{name}.mlp.{alias}.hook_out",), **at)
+                self.shard(f"{name}.mlp.{hook}", Tap(f"{path}.{tree.up}", "out", None, part), self.d_mlp, aliases=(f"{name}.mlp.{alias}.hook_out",), grouped=True, **at)
         else:
-            self.shard(f"{name}.mlp.hook_pre", Tap(f"{path}.{tree.up}", "out"), self.d_mlp, aliases=(f"{name}.mlp.in.hook_out",), **at)
+            self.shard(f"{name}.mlp.hook_pre", Tap(f"{path}.{tree.up}", "out"), self.d_mlp, aliases=(f"{name}.mlp.in.hook_out",), grouped=True, **at)
             self.refuse(f"{name}.mlp.hook_pre_linear", "this family's MLP has no such projection", f"{name}.mlp.hook_pre, {name}.mlp.hook_post")
-        self.shard(f"{name}.mlp.hook_post", Tap(f"{path}.{tree.down}", "in"), self.d_mlp, aliases=(f"{name}.mlp.out.hook_in",), **at)
+        self.shard(f"{name}.mlp.hook_post", Tap(f"{path}.{tree.down}", "in"), self.d_mlp, aliases=(f"{name}.mlp.out.hook_in",), grouped=True, **at)
         self._added(layer, path, "mlp", tree.mlp, tree.ln2_post, f"{name}.mlp.out.hook_out")
         self.add(f"{name}.hook_resid_post", Tap(path, "out", RESIDUAL), d, aliases=(f"{name}.hook_out", path), **at)
 
@@ -184,10 +186,11 @@ class _Vocabulary:
             self.add(f"{name}.hook_{part}_out", Tap(whole, "out"), self.d_model, aliases=(raw, whole, projected), **at)
             return
         ln = f"{name}.ln{1 if part == 'attn' else 2}_post"
-        self.add(raw, Tap(whole, "out"), self.d_model, aliases=(whole, projected, f"{ln}.hook_in"), **at)
+        self.add(raw, Tap(whole, "out"), self.d_model, aliases=(whole, projected, f"{ln}.hook_in"), grouped=True, **at)
         self._norm(ln, f"{path}.{norm}", layer, ())
         last = self.sites.pop()
-        self.sites.append(replace(last, name=f"{name}.hook_{part}_out", aliases=(last.name, *last.aliases)))
+        # The norm that follows adds it to the residual stream, and may do so where it is.
+        self.sites.append(replace(last, name=f"{name}.hook_{part}_out", aliases=(last.name, *last.aliases), grouped=False))
 
     def _attention(self, layer: int, path: str) -> None:
         tree, name, d = self.tree, f"blocks.{layer}.attn", self.d_head
@@ -203,42 +206,39 @@ class _Vocabulary:
                 self.refuse(f"{name}.hook_rot_{part}", "this family has no rotary embedding", f"{name}.hook_{part}")
                 continue
             # The rotary module is one for all layers; what comes out of it goes into the layer's own attention.
-            self.shard(f"{name}.hook_rot_{part}", Tap(f"{path}.{tree.kernel}", "in", index, heads(d)), counts[part] * d, **rest)
+            self.shard(f"{name}.hook_rot_{part}", Tap(f"{path}.{tree.kernel}", "in", index, heads(d)), counts[part] * d, grouped=True, **rest)
         for hook in ("hook_attn_scores", "hook_pattern"):
             rotated = "rot_" if tree.rotary else ""
             self.refuse(f"{name}.{hook}", PAGED, f"{name}.hook_{rotated}q and {name}.hook_{rotated}k")
-        self.shard(f"{name}.hook_z", Tap(f"{path}.{tree.o}", "in", None, heads(d)), self.n_heads * d, aliases=(f"{name}.o.hook_in",), **rest)
+        self.shard(f"{name}.hook_z", Tap(f"{path}.{tree.o}", "in", None, heads(d)), self.n_heads * d, aliases=(f"{name}.o.hook_in",), grouped=True, **rest)
 
 
 # ------------------------------------------------------------------ where a tap finds its tensor
 def taken(tap: Tap, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
-    """The tensor of a tap, in a module's arguments or its output; None where there is none, in this forward."""
-    if tap.which == RESIDUAL:
-        value = _residual(args, kwargs) if tap.side == "in" else output if isinstance(output, Tensor) else output[0] + output[1]
-    elif tap.side == "in":
+    """The tensor of a tap that is no sum, in a module's arguments or its output, before anything is done to it; None where there is none, in this forward."""
+    if tap.side == "in":
         value = _argument(args, kwargs, tap.which)
     elif tap.which is None:
         value = output[0] if isinstance(output, tuple) else output
     else:
         value = output[tap.which] if isinstance(tap.which, int) else getattr(output, tap.which)
-    if not isinstance(value, Tensor):
-        return None
-    transform: Transform | None = tap.transform
-    return value if transform is None else transform(value)
+    return value if isinstance(value, Tensor) else None
+
+
+def residual(tap: Tap, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> tuple[Tensor, Tensor | None]:
+    """The two tensors whose sum is the residual stream: a block (positions, hidden_states, residual) or a norm (x, residual) is given them, a block returns them.
+    There is no second one at the first block, and nowhere in GPT-2."""
+    if tap.side == "out":
+        return (output, None) if isinstance(output, Tensor) else (output[0], output[1])
+    names = [value for value in args if isinstance(value, Tensor) and value.is_floating_point()]
+    hidden: Tensor | None = kwargs.get("hidden_states", names[0] if names else None)
+    if hidden is None:
+        raise HookError("a vLLM block was called without hidden states")
+    return hidden, kwargs.get("residual", names[1] if len(names) > 1 else None)
 
 
 def times(factor: float) -> Transform:
     return lambda x: x * factor
-
-
-def _residual(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """What a block (positions, hidden_states, residual) or a norm (x, residual) is given of the residual stream: no residual at the first."""
-    names = [value for value in args if isinstance(value, Tensor) and value.is_floating_point()]
-    hidden: Tensor | None = kwargs.get("hidden_states", names[0] if names else None)
-    residual: Tensor | None = kwargs.get("residual", names[1] if len(names) > 1 else None)
-    if hidden is None:
-        raise HookError("a vLLM block was called without hidden states")
-    return hidden if residual is None else hidden + residual
 
 
 def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], which: int | str | None) -> Any:
@@ -247,3 +247,9 @@ def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], which: int | str | 
     if which is not None:
         return args[which] if which < len(args) else None
     return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+
+
+def last_norm(model: nn.Module) -> str | None:
+    """The module with which the backbone's forward ends, of a known tree."""
+    tree = TREES.get(getattr(getattr(model, "config", None), "model_type", ""))
+    return None if tree is None else f"{tree.backbone}.{tree.norm}"

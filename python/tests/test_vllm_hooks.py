@@ -1,0 +1,300 @@
+"""Hooks on vLLM's modules, on a model that is put together as vLLM's are and writes over whatever vLLM's may: what waits for its group is what a plain hook's
+clone has, eagerly and compiled, in as many calls of the op as the arrangement says."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dmi import native
+from dmi.hook import LAUNCH_TENSORS
+from dmi.rows import SPANS
+from dmi.sites import LOGITS, TOKENS
+from dmi.vllm import hooks as placed
+from dmi.vllm.hooks import Arrangement, Hooks
+from dmi.vllm.sites import plan
+
+from observed import fresh_seed
+from ringreader import RingReader
+
+D, HEADS, D_HEAD, D_MLP, WORDS, LAYERS = 8, 2, 4, 12, 32, 3
+TOKENS_AT_MOST = 64
+
+
+@torch.library.custom_op("dmi_tests::add_norm", mutates_args=["x", "other"])
+def add_norm(x: Tensor, other: Tensor) -> None:
+    """As vLLM's kernel: the sum into `other`, what is normed into `x`."""
+    other += x
+    x.copy_(other * torch.rsqrt(other.pow(2).mean(-1, keepdim=True) + 1e-5))
+
+
+@add_norm.register_fake
+def _(x: Tensor, other: Tensor) -> None: ...
+
+
+@torch.library.custom_op("dmi_tests::rotate", mutates_args=["q", "k"])
+def rotate(positions: Tensor, q: Tensor, k: Tensor) -> None:
+    for x in (q, k):
+        x.mul_(torch.cos(positions.float())[:, None])
+
+
+@rotate.register_fake
+def _(positions: Tensor, q: Tensor, k: Tensor) -> None: ...
+
+
+class Norm(nn.Module):
+    variance_epsilon = 1e-5
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        if residual is None:
+            return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+        torch.ops.dmi_tests.add_norm(x, residual)
+        return x, residual
+
+
+class Projection(nn.Linear):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x), None
+
+
+class Kernel(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return q * k.mean(-1, keepdim=True) + v
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv_proj, self.attn, self.o_proj = Projection(D, 3 * HEADS * D_HEAD, bias=False), Kernel(), Projection(HEADS * D_HEAD, D, bias=False)
+
+    def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
+        qkv, _ = self.qkv_proj(hidden_states)
+        q, k, v = qkv.split([HEADS * D_HEAD] * 3, dim=-1)
+        torch.ops.dmi_tests.rotate(positions, q, k)
+        return self.o_proj(self.attn(q, k, v))[0]
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj, self.down_proj = Projection(D, 2 * D_MLP, bias=False), Projection(D_MLP, D, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, _ = self.gate_up_proj(x)
+        return self.down_proj(torch.nn.functional.silu(x[..., :D_MLP]) * x[..., D_MLP:])[0]
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.input_layernorm, self.self_attn, self.post_attention_layernorm, self.mlp = Norm(), Attention(), Norm(), Mlp()
+
+    def forward(self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        if residual is None:
+            residual = hidden_states
+            hidden_states = self.input_layernorm(hidden_states)
+        else:
+            hidden_states, residual = self.input_layernorm(hidden_states, residual)
+        hidden_states = self.self_attn(positions=positions, hidden_states=hidden_states)
+        hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
+        return self.mlp(hidden_states), residual
+
+
+class Backbone(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens, self.layers, self.norm = nn.Embedding(WORDS, D), nn.ModuleList(Block() for _ in range(LAYERS)), Norm()
+
+    def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+        hidden, residual = self.embed_tokens(ids), None
+        for layer in self.layers:
+            hidden, residual = layer(positions, hidden, residual)
+        return self.norm(hidden, residual)[0]
+
+
+class Logits(nn.Module):
+    def forward(self, head: nn.Module, hidden: Tensor) -> Tensor:
+        return head(hidden)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model, self.lm_head, self.logits_processor = Backbone(), nn.Linear(D, WORDS, bias=False), Logits()
+        self.config = SimpleNamespace(model_type="llama", num_attention_heads=HEADS, num_key_value_heads=HEADS, hidden_size=D, head_dim=D_HEAD,
+                                      intermediate_size=D_MLP, vocab_size=WORDS)  # fmt: skip
+
+
+class Observed:
+    """The model with hooks in place, and a page of an engine."""
+
+    def __init__(self, hooks: list[str]) -> None:
+        torch.manual_seed(fresh_seed())
+        self.model = Model()
+        self.plan = plan(self.model, hooks)
+        self.ring = native.Ring(mode="complete")
+        self.reader = RingReader(self.ring)
+        numbers = [self.ring.add_site(site.name, layer=site.layer, space=site.space, roles=site.roles) for site in self.plan.sites]
+        self.arrangement = Arrangement(self.model, self.plan, TOKENS_AT_MOST)
+        self.hooks = Hooks(self.model, self.arrangement, self.ring.tensor, numbers)
+        self.forward: Any = self.model.model
+        self.steps = 0
+        self.calls = 0
+
+    def compile(self) -> None:
+        """As vLLM does: as a whole, for any number of tokens, without guards."""
+        torch._dynamo.reset()
+        self.forward = torch.compile(self.model.model, fullgraph=True, dynamic=True, options={"guard_filter_fn": lambda guards: [False for _ in guards]})
+        self.run(words(3))
+
+    @torch.no_grad()
+    def run(self, ids: Tensor) -> int:
+        """A step of one request, whose number is returned. `calls`: of the op."""
+        number, count = self.steps, len(ids)
+        self.steps += 1
+        spans = np.zeros(2, SPANS)
+        spans["request"], spans["count"], spans["prompt"], spans["space"] = number, count, count, (TOKENS, LOGITS)
+        assert self.ring.open_step(number, spans.tobytes(), width=(0, 0, 0), packed=True)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            hidden = self.forward(ids, torch.arange(count))
+            self.model.logits_processor(self.model.lm_head, hidden)
+        self.calls = sum(event.count for event in profile.key_averages() if event.key == "dmi::capture")
+        self.ring.close_step(number)
+        self.reader.drain()
+        return number
+
+    @torch.no_grad()
+    def expected(self, ids: Tensor) -> dict[str, Tensor]:
+        """By clones that are made where each site is, eagerly."""
+        seen: dict[str, Tensor] = {}
+        handles = []
+
+        def keep(site: Any) -> Any:
+            def hook(module: Any, args: Any, kwargs: Any, output: Any = None) -> None:
+                tap = site.tap
+                if tap.which == "residual":
+                    pair = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()] if tap.side == "in" else output
+                    pair = [pair] if isinstance(pair, Tensor) else pair
+                    value = pair[0].clone() if len(pair) == 1 or pair[1] is None else pair[0] + pair[1]
+                elif tap.side == "in":
+                    value = args[tap.which or 0].clone()
+                else:
+                    value = (output[tap.which or 0] if isinstance(output, tuple) else output).clone()
+                seen[site.name] = value if tap.transform is None else tap.transform(value)
+
+            return hook
+
+        for site in self.plan.sites:
+            module = self.model.get_submodule(site.tap.path)
+            place = module.register_forward_pre_hook if site.tap.side == "in" else module.register_forward_hook
+            handles.append(place(keep(site), with_kwargs=True))
+        hidden = self.model.model(ids, torch.arange(len(ids)))
+        self.model.logits_processor(self.model.lm_head, hidden)
+        for handle in handles:
+            handle.remove()
+        return seen
+
+    def check(self, ids: Tensor) -> None:
+        number, calls = self.run(ids), self.calls
+        expected = self.expected(ids)
+        assert expected.keys() == {site.name for site in self.plan.sites}
+        for name, value in expected.items():
+            got = self.reader.tensor(name, number)
+            torch.testing.assert_close(got.reshape(value.shape), value, msg=lambda message, name=name: f"{name}: {message}")
+        assert calls == self.arrangement.calls
+
+    def close(self) -> None:
+        self.hooks.remove()
+        self.ring.close()
+
+
+@pytest.fixture
+def everything() -> Iterator[Observed]:
+    found = Observed(["**", "model.layers.1:out.1", "model.layers.0.self_attn.attn:in.0"])
+    yield found
+    found.close()
+
+
+def words(count: int) -> Tensor:
+    return torch.tensor([random.randrange(WORDS) for _ in range(count)])
+
+
+WAYS = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+
+
+@WAYS
+def test_what_waits_is_what_it_was(everything: Observed, compiled: bool) -> None:
+    """Embeddings, attention and MLP outputs, queries and keys are written over before the group ends; what users declare is taken at once."""
+    if compiled:
+        everything.compile()
+    for count in (5, 1, 17):
+        everything.check(words(count))
+    assert everything.arrangement.calls == 1 + 2 + 1  # a group, two points of users, logits
+
+
+@WAYS
+def test_groups_end_at_their_bounds(monkeypatch: pytest.MonkeyPatch, compiled: bool) -> None:
+    """A few tensors, or a few bytes: what is taken in one place stays together."""
+    monkeypatch.setattr(placed, "LAUNCH_TENSORS", 20)
+    few = Observed(["**"])
+    monkeypatch.setattr(placed, "LAUNCH_TENSORS", LAUNCH_TENSORS)
+    monkeypatch.setattr(placed, "WAITING_BYTES", 300 * TOKENS_AT_MOST)
+    little = Observed(["**"])
+    for observed, tensors, size in ((few, 20, 1 << 30), (little, LAUNCH_TENSORS, 300)):
+        groups: list[list[int]] = [[]]
+        for place in observed.arrangement.places:
+            if place.begins:
+                groups.append([])
+            groups[-1] += [observed.plan.sites[index].bytes_per_token or 0 for index, _, how in place.taps if how != placed.AT_ONCE]
+        assert len(groups) > 3 and all(len(group) <= tensors and sum(group) <= size for group in groups), groups
+        assert observed.arrangement.calls == len(groups) + 1
+        if compiled:
+            observed.compile()
+        observed.check(words(9))
+        observed.close()
+
+
+def test_one_call_for_a_residual_stream() -> None:
+    observed = Observed(["blocks.*.hook_resid_post", "ln_final.hook_out", "logits"])
+    observed.check(words(4))
+    assert observed.arrangement.calls == 2
+    observed.close()
+    alone = Observed(["logits"])  # nothing waits
+    alone.check(words(4))
+    assert alone.arrangement.calls == 1
+    alone.close()
+
+
+def test_nothing_of_an_aborted_forward_is_left(everything: Observed, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = words(6)
+
+    def fail(x: Tensor) -> Tensor:
+        raise RuntimeError("out of memory, say")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(everything.model.model.layers[1].mlp, "forward", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            everything.run(ids)
+    assert len(everything.hooks._waiting) > 0, "nothing waited: nothing is tested"
+    everything.ring.close_step(0, aborted=True)
+    everything.hooks.clear()  # as Observer.close does
+    everything.check(ids)
+
+
+def test_sums_are_made_once(everything: Observed) -> None:
+    """A block's output and what the next one is given are one tensor, though a forward before ended there."""
+    waited: dict[int, Tensor] = {}
+    everything.model.model.norm.register_forward_pre_hook(lambda module, args: waited.update({site: tensor for tensor, site in everything.hooks._waiting}))
+    everything.check(words(3))
+    everything.check(words(3))
+    sites = {site.name: waited[index] for index, site in enumerate(everything.plan.sites) if index in waited}
+    for layer in range(1, LAYERS):
+        assert sites[f"blocks.{layer - 1}.hook_resid_post"] is sites[f"blocks.{layer}.hook_resid_pre"]
+        assert sites[f"blocks.{layer}.hook_resid_mid"] is not sites[f"blocks.{layer}.hook_resid_pre"]
