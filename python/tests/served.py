@@ -90,13 +90,14 @@ def load(choose: random.Random, count: int, *, longest: int = 60, most: int = 12
     return out
 
 
-def job_of(model: Path, requests: list[dict[str, Any]], *, dmi: dict[str, Any] | None = None, cache: bool = False, **engine: Any) -> dict[str, Any]:
+def job_of(model: Path, requests: list[dict[str, Any]], *, dmi: dict[str, Any] | None = None, cache: bool = False, in_place: bool = False,
+           **engine: Any) -> dict[str, Any]:  # fmt: skip
     """An engine, and what it is asked."""
     arguments = {"model": str(model), "dtype": "float32", "max_model_len": 256, "max_num_seqs": 8, "max_num_batched_tokens": 64, "kv_cache_memory_bytes": 64 << 20,
                  "enforce_eager": True, "enable_prefix_caching": False, **engine}  # fmt: skip
     if dmi is not None:
         arguments["additional_config"] = {"dmi": dmi}
-    return {"engine": arguments, "requests": requests, "cache": cache}
+    return {"engine": arguments, "requests": requests, "cache": cache, "in_place": in_place}
 
 
 def serve(folder: Path, model: Path, requests: list[dict[str, Any]], *, environ: dict[str, str] | None = None, timeout_s: float = 1800, **job: Any) -> dict[str, Any]:

@@ -69,6 +69,22 @@ def test_the_second_runner_is_as_it_is_taken_to_be() -> None:
     assert calls == ["compile_or_warm_up_model"]
 
 
+@pytest.mark.parametrize("eager", [True, pytest.param(False, marks=FULL)], ids=["eager", "compiled"])
+def test_what_is_written_over(tmp_path: Path, eager: bool) -> None:
+    """Norms that give their results in the memory of what they were given, and rotary embeddings that turn queries and keys where they are: of Llama, whose queries and
+    keys nothing else touches. All sites of a forward are two calls: a group, and logits."""
+    model = model_on_disk(tmp_path / "llama", "llama")
+    requests = load(random.Random(fresh_seed()), 12, every=0.5)
+    settings = {"hooks": ["**"], "store": str(tmp_path / "store"), "mode": "complete"}
+    result = serve(tmp_path / "observed", model, requests, dmi=settings, in_place=True, enforce_eager=eager)
+    assert result["status"]["observed"] and result["flushed"], result["status"]
+    assert result["calls"]["dmi_tests::fused_add_rms_norm"] == 6, "norms are not in place: nothing is tested"
+    found = compare(tmp_path / "store", Alone(model), requests, result, whole=len(requests))
+    balanced(tmp_path / "store")
+    print(f"{found}, {result['calls']}")
+    assert (result["calls"]["dmi::capture"], result["calls"]["dmi::copy"]) == (2, 2 + 3 * 3)  # embedding and first residual; queries to values, attention, MLP
+
+
 def test_other_families(tmp_path: Path) -> None:
     """Other trees of modules: norms behind attention and MLP and sliding windows, learned positions and one tensor between blocks."""
     seed = fresh_seed()

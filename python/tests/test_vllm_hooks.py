@@ -20,7 +20,6 @@ from dmi.sites import LOGITS, TOKENS
 from dmi.vllm import hooks as placed
 from dmi.vllm.hooks import Arrangement, Hooks
 from dmi.vllm.sites import plan
-
 from observed import fresh_seed
 from ringreader import RingReader
 

@@ -85,25 +85,32 @@ class Scheduler:
         self.numbers: dict[str, int] = {}
         self.rows: dict[tuple[int, int, int], str] = {}
         """By request, position and attempt: what a row was booked as, of drafts once that was said."""
+        self.ids: list[str] = []
+        self.last = np.zeros(0, SPANS)
+        self.moved = 0
+        """Steps that were the one before, a token later."""
         self.drafts: list[tuple[int, int, int]] = []
 
     def step(self, guessing: bool) -> None:
         choose = self.choose
-        ids = choose.sample([key for key in sorted(self.prompts) if len(self.tokens[key]) < self.ends[key]], 4)
+        guessing = guessing and choose.random() < 0.5
+        open_ = [key for key in sorted(self.prompts) if len(self.tokens[key]) < self.ends[key]]
+        ids = self.ids if set(self.ids) <= set(open_) and self.ids and choose.random() < 0.8 else choose.sample(open_, 4)
+        self.ids = ids
         counts, drafts, cached = [], [], {}
         for key in ids:
             if key not in self.numbers:
                 self.batches.begin([SimpleNamespace(req_id=key, prompt_token_ids=self.prompts[key], sampling_params=SimpleNamespace(max_tokens=self.ends[key] - len(self.prompts[key])))])
                 if choose.random() < 0.3 and len(self.prompts[key]) > 1:
                     cached[key] = self.done[key] = choose.randrange(1, len(self.prompts[key]))
-            elif choose.random() < 0.1:  # preempted; a part may be in the prefix cache
+            elif choose.random() < 0.03:  # preempted; a part may be in the prefix cache
                 self.done[key] = choose.randrange(self.done[key] + 1)
             left = len(self.tokens[key]) - self.done[key]
             rows = choose.randrange(1, left + 1)
             drafts.append(choose.randrange(4) if guessing and rows == left and self.done[key] + left >= len(self.prompts[key]) else 0)
             counts.append(rows + drafts[-1])
         places = [self.done[key] for key in ids]
-        table = np.frombuffer(self.batches.table(Batch(ids, counts, places, drafts if guessing else ())), SPANS)
+        table = self.table(Batch(ids, counts, places, drafts if guessing else ()))
         self.judge(table)
         self.check(table, ids, counts, places, drafts, cached)
         asked, sampled = self.batches.asked, []
@@ -117,6 +124,16 @@ class Scheduler:
             self.done[key] = known + max(0, len(kept) - 1)
         self.batches.sampled(asked, ids, sampled)
         self.batches.learn()
+
+    def table(self, batch: Batch) -> Any:
+        """What the ring comes to know, of a series too (dmi_step_next)."""
+        if self.batches.again(batch):
+            self.moved += 1
+            self.last["position"] += 1
+            self.last["phase"] = DECODE
+        else:
+            self.last = np.frombuffer(self.batches.table(batch), SPANS).copy()
+        return self.last
 
     def judge(self, table: Any) -> None:
         wrong = {(int(span["request"]), int(span["position"]) + i, int(span["attempt"])) for span in table[table["flags"] == SPAN_REJECTED] for i in range(span["count"])}
@@ -165,6 +182,7 @@ def test_row_tables(guessing: bool) -> None:
         scheduler.step(guessing)
     scheduler.judge(np.frombuffer(scheduler.batches.verdict(), SPANS))
     assert guessing == ("rejected" in scheduler.rows.values())
+    assert guessing or scheduler.moved > 0, "no step was as the one before: nothing of that is tested"
     assert len(set(scheduler.numbers.values())) == len(scheduler.numbers)
     assert set(scheduler.requests) == {key.rpartition("-")[0] for key in scheduler.numbers}
     for key, number in scheduler.numbers.items():
@@ -177,6 +195,33 @@ def test_row_tables(guessing: bool) -> None:
     scheduler.batches.tell_finished(0)
     tokens = {request["request"]: request["tokens"] for message in told if message["type"] == "requests" for request in message["requests"] if "tokens" in request}
     assert {key: tokens[number] for key, number in scheduler.numbers.items()} == {key: scheduler.tokens[key] for key in scheduler.numbers}
+
+
+def test_a_step_that_is_the_one_before() -> None:
+    """A token later, of the same requests in the same order; and not while one of them is in its prompt, guesses, or has come back."""
+    batches = Batches(Requests(new_run(None, ()), "none"))
+    new = [SimpleNamespace(req_id=key, prompt_token_ids=[1, 2, 3], sampling_params=SimpleNamespace(max_tokens=9)) for key in "ab"]
+    batches.begin(new)
+
+    def again(ids: str, counts: list[int], positions: list[int], drafts: tuple[int, ...] = ()) -> bool:
+        batch = Batch(list(ids), counts, positions, drafts)
+        if batches.again(batch):
+            return True
+        batches.table(batch)
+        return False
+
+    assert [again("ab", [3, 1], [0, 0]), again("ab", [1, 1], [3, 1]), again("ab", [1, 1], [4, 2]), again("ab", [1, 1], [5, 3])] == [False, False, False, True]
+    assert {key: (first + batches.asked.later, drafts) for key, (_, first, drafts) in batches.asked.of.items()} == {"a": (5, 0), "b": (3, 0)}
+    assert not again("ba", [1, 1], [4, 6]) and again("ba", [1, 1], [5, 7])
+    assert not again("ba", [1, 2], [6, 8], (0, 1)) and not again("ba", [1, 1], [7, 9]) and again("ba", [1, 1], [8, 10])
+    assert not again("ba", [1, 1], [3, 11])  # computed once more
+    assert batches._sequences["b"].attempt == 1 and batches._sequences["a"].attempt == 0
+    assert again("ba", [1, 1], [4, 12])
+    batches.begin(new[:1])
+    assert not again("ba", [1, 1], [5, 13])
+    batches.finish("b")
+    assert not again("a", [1], [14]) and again("a", [1], [15])
+    assert batches._sequences["a"].attempt == 0
 
 
 def test_tokens_are_told() -> None:

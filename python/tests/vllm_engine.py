@@ -3,7 +3,8 @@
     python vllm_engine.py job.json result.json
 
 A job: `engine`, arguments of `vllm.LLM`; `requests`, each `id, prompt, max_tokens`, the step at which it arrives, and maybe the one at which it is
-aborted, `extra`, arguments of its own, and `logprobs`, of its prompt; `cache`, whether vLLM's compile cache is to work, which the CPU build breaks by lacking one function."""
+aborted, `extra`, arguments of its own, and `logprobs`, of its prompt; `cache`, whether vLLM's compile cache is to work, which the CPU build breaks by lacking one function;
+`in_place`, whether norms and rotary embeddings write over what they are given, as vLLM's kernels for GPUs do."""
 
 from __future__ import annotations
 
@@ -35,6 +36,44 @@ def mend_cache() -> None:
     torch.compiler.load_compiled_function = loaded
 
 
+def write_in_place(engine: dict[str, Any]) -> None:
+    """The CPU build has no norm that does. An operation that nobody can look into, offered as vLLM's own is; rotary embeddings are in place where they are custom."""
+    import torch
+    from vllm import ir
+
+    fused: Any = ir.ops.fused_add_rms_norm
+    native = fused.impls["native"].impl_fn
+
+    def written(x: torch.Tensor, x_residual: torch.Tensor, weight: torch.Tensor, epsilon: float) -> None:
+        out, total = native(x, x_residual, weight, epsilon)
+        x.copy_(out)
+        x_residual.copy_(total)
+
+    library = torch.library.Library("dmi_tests", "FRAGMENT")
+    library.define("fused_add_rms_norm(Tensor(a!) x, Tensor(b!) x_residual, Tensor weight, float epsilon) -> ()")
+    library.impl("fused_add_rms_norm", written, "CompositeExplicitAutograd")
+    torch.library.register_fake("dmi_tests::fused_add_rms_norm", lambda *arguments: None, lib=library)
+
+    def in_place(x: Any, x_residual: Any, weight: Any, epsilon: float, variance_size: int | None = None) -> Any:
+        torch.ops.dmi_tests.fused_add_rms_norm(x, x_residual, weight, epsilon)
+        return x, x_residual
+
+    in_place.__signature__ = inspect.signature(native)  # type: ignore[attr-defined]
+    fused.register_impl("in_place", inplace=True)(in_place)
+    write_in_place.library = library  # type: ignore[attr-defined]
+    engine["kernel_config"] = {"ir_op_priority": {"fused_add_rms_norm": ["in_place", "native"]}}
+    engine["compilation_config"] = {**engine.get("compilation_config", {}), "custom_ops": ["+rotary_embedding"]}
+
+
+def calls_of(step: Any) -> tuple[Any, dict[str, int]]:
+    """Of our operations, in a step."""
+    import torch
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        result = step()
+    return result, {event.key: event.count for event in profile.key_averages() if event.key.startswith(("dmi::", "dmi_tests::"))}
+
+
 def runner_of(worker: Any) -> str:
     return type(worker.model_runner).__module__
 
@@ -42,6 +81,8 @@ def runner_of(worker: Any) -> str:
 def main(job: dict[str, Any]) -> dict[str, Any]:
     if job.get("cache"):
         mend_cache()
+    if job.get("in_place"):
+        write_in_place(job["engine"])
     from vllm import LLM, SamplingParams
     from vllm.compilation.counter import compilation_counter
 
@@ -72,6 +113,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     tokens: dict[str, list[int]] = {}
     cached: dict[str, int] = {}
     references: dict[str, Any] = {}
+    calls: dict[str, int] = {}
     step, begun = 0, time.monotonic()
     while waiting or engine.has_unfinished_requests():
         while waiting and waiting[0]["arrive"] <= step:
@@ -81,7 +123,8 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
             engine.add_request(request["id"], {"prompt_token_ids": request["prompt"]}, parameters)
         while aborts and aborts[0][0] <= step:
             engine.abort_request([aborts.pop(0)[1]])
-        for output in engine.step():
+        outputs, calls = calls_of(engine.step) if step == 2 else (engine.step(), calls)
+        for output in outputs:
             tokens[output.request_id] = list(output.outputs[0].token_ids)
             if output.kv_transfer_params:
                 references[output.request_id] = output.kv_transfer_params.get("dmi")
@@ -90,7 +133,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
         if step % 1000 == 0:
             print(f"step {step}: {len(tokens)} of {len(job['requests'])} requests have begun", flush=True)
     observed = "dmi" in job["engine"].get("additional_config", {}) or "DMI_HOOKS" in os.environ
-    result = {"tokens": tokens, "cached": cached, "references": references, "preempted": len(preempted), "steps": step, "seconds": time.monotonic() - begun, **guesses,
+    result = {"tokens": tokens, "cached": cached, "references": references, "preempted": len(preempted), "steps": step, "seconds": time.monotonic() - begun, **guesses, "calls": calls,
               "runner": str(llm.collective_rpc(runner_of)[0]), "loaded": getattr(compilation_counter, "num_aot_artifacts_loaded", 0),
               "asynchronous": bool(engine.vllm_config.scheduler_config.async_scheduling), "compiled": str(engine.vllm_config.compilation_config.mode),
               "graphs": str(engine.vllm_config.compilation_config.cudagraph_mode)}

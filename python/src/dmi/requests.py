@@ -132,6 +132,11 @@ class Requests(Sequence[str]):
         return f"Requests({len(self)}: {'… ' if len(self) > 8 else ''}{shown})"
 
     # -------------------------------------------------------------- for adapters
+    @property
+    def tells_tokens(self) -> bool:
+        """Whether anybody is told what tokens a request has."""
+        return self._text != "none"
+
     def next_step(self) -> int:
         """A number for the next forward; they grow."""
         return next(self._steps)

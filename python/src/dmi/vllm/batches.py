@@ -105,8 +105,17 @@ class _Sequence:
         return kept
 
 
-Asked = dict[str, tuple[_Sequence, int, int]]
-"""Of a step's requests: who, the position of the first row whose logits were computed, and the guesses behind it."""
+@dataclass(frozen=True)
+class Asked:
+    """Of a step's requests: who, the position of the first row whose logits were computed, and the guesses behind it."""
+
+    of: dict[str, tuple[_Sequence, int, int]] = field(default_factory=dict)
+    later: int = 0
+    """Positions are so much higher."""
+
+
+LAST_SAMPLED = 4
+"""Steps whose tokens are kept where nobody is told any: the last ones tell which requests were over when the engine ended. vLLM has two under way."""
 
 
 class Batches:
@@ -120,15 +129,23 @@ class Batches:
         self._finished: list[_Sequence] = []
         self._wrong: list[tuple[_Sequence, int, int, int]] = []  # rejected guesses: of whom, from which position, how many, their attempt
         self._sampled: deque[tuple[Asked, Sequence[str], Sequence[list[int]]]] = deque()
+        self._guessing = False
+        """There have been guesses."""
         self._named: dict[str, None] = {}
-        self.asked: Asked = {}
+        self.asked = Asked()
         """Of the last step."""
+        self._going: list[_Sequence] = []
+        """Whose rows the last step had, in order,"""
+        self._ids: list[str] = []
+        self._next: Any = None
+        """and the positions that follow them: where each was one row of one kind and attempt. None: the next table is made anew."""
 
     # -------------------------------------------------------------- who comes and goes
     def begin(self, arrivals: Iterable[Any]) -> None:
         """Requests that the scheduler tells of for the first time, or once more: resumed, or with a longer prompt. `arrivals`: vLLM's NewRequestData."""
         for data in arrivals:
             known = getattr(data, "prefill_token_ids", None) or data.prompt_token_ids or []
+            self._leave()
             sequence = self._sequences.get(data.req_id)
             if sequence is None:
                 sequence = self._sequences[data.req_id] = self._begin(data)
@@ -169,6 +186,7 @@ class Batches:
         for key in ids:
             sequence = self._sequences.pop(key, None)
             if sequence is not None:
+                self._leave()
                 self._finished.append(sequence)
 
     def tell_finished(self, step: int) -> None:
@@ -185,27 +203,44 @@ class Batches:
         self._sequences.clear()
 
     def _end(self, sequence: _Sequence, reason: str, step: int) -> None:
-        if sequence.tokens:
+        if sequence.tokens and self._requests.tells_tokens:
             self._requests.update(sequence.number, tokens=sequence.tokens)
         self._requests.end(sequence.number, reason, step)
 
     def settle(self) -> None:
         """Tell the tokens of those that are under way."""
         for sequence in self._sequences.values():
-            if sequence.tokens:
+            if sequence.tokens and self._requests.tells_tokens:
                 self._requests.update(sequence.number, tokens=list(sequence.tokens))
 
     # -------------------------------------------------------------- rows
+    def again(self, batch: Batch) -> bool:
+        """Whether a step is the one before, a token later: no table is made for it then. So are nearly all that decode."""
+        if self._next is None or self._wrong or batch.ids != self._ids or any(batch.drafts):
+            return False
+        rows = sum(batch.counts) if isinstance(batch.counts, list) else int(np.sum(batch.counts))
+        if rows != len(batch.ids) or not np.array_equal(self._next, batch.positions):
+            return False
+        self._next += 1
+        self.asked = Asked(self.asked.of, self.asked.later + 1)
+        return True
+
     def table(self, batch: Batch) -> bytes:
         """Spans of a step, and of what was rejected in the one before."""
+        self._leave()
         count = np.asarray(batch.counts, "<u4")
         position = np.asarray(batch.positions, "<u4")
         drafts = np.asarray(batch.drafts, "<u4") if len(batch.drafts) else np.zeros(len(count), "<u4")
-        going = [self._sequences[key] for key in batch.ids]
         cached: list[tuple[int, int, int]] = []
         split = bool(drafts.any())
-        rows = list(zip(going, position.tolist(), count.tolist(), drafts.tolist(), strict=True))
-        for sequence, at, n, guesses in rows:
+        self._guessing = self._guessing or split
+        self._ids, self._going, self.asked = list(batch.ids), [], Asked()
+        going, asked = self._going, self.asked.of
+        columns: tuple[list[int], ...] = ([], [], [], [])
+        numbers, attempts, prompts, flags = columns
+        for key, at, n, guesses in zip(batch.ids, position.tolist(), count.tolist(), drafts.tolist(), strict=True):
+            sequence = self._sequences[key]
+            going.append(sequence)
             if at < sequence.done:
                 sequence.attempt = sequence.highest + 1
                 sequence.rejected.clear()
@@ -213,27 +248,47 @@ class Batches:
                 cached.append((sequence.number, at, sequence.prompt))
             sequence.begun = True
             sequence.done = at + n - guesses
-            split = split or bool(sequence.rejected)
-        self.asked = {key: (sequence, at + n - guesses - 1, guesses) for key, (sequence, at, n, guesses) in zip(batch.ids, rows, strict=True)}
-        tokens = _spans(going, TOKENS, count, position, count == 1 + drafts)
-        logits = _spans(going, LOGITS, drafts + 1, position + count - drafts - 1, count == 1 + drafts)
+            split = split or len(sequence.rejected) > 0
+            asked[key] = (sequence, sequence.done - 1, guesses)
+            numbers.append(sequence.number)
+            attempts.append(sequence.attempt)
+            prompts.append(sequence.prompt)
+            flags.append(sequence.flags)
+        one = count == 1 + drafts
+        tokens = _spans(columns, TOKENS, count, position, one)
+        logits = _spans(columns, LOGITS, drafts + 1, position + count - drafts - 1, one)
         if split:
             tokens, logits = (_split(spans, going, drafts.tolist()) for spans in (tokens, logits))
         for sequence in going:
-            sequence.highest = max(sequence.highest, sequence.attempt)
-        return bytes(tokens.tobytes() + logits.tobytes()) + _cached(cached) + self.verdict()
+            if sequence.attempt > sequence.highest:
+                sequence.highest = sequence.attempt
+        table = bytes(tokens.tobytes() + logits.tobytes()) + _cached(cached) + self.verdict()
+        plain = not split and len(table) == tokens.nbytes + logits.nbytes and bool(one.all())
+        self._next = position + 1 if plain and bool((position + 1 >= tokens["prompt"]).all()) else None
+        return table
+
+    def _leave(self) -> None:
+        """The next table is made anew."""
+        if self._next is not None:
+            for sequence, done in zip(self._going, self._next.tolist(), strict=True):
+                sequence.done = done
+        self._next = None
 
     def sampled(self, asked: Asked, ids: Sequence[str], tokens: Sequence[list[int]]) -> None:
         """What came of a step that `asked` was said of. Any thread."""
         self._sampled.append((asked, ids, tokens))
 
-    def learn(self) -> bool:
-        """Take in what was sampled. True: there is a verdict on guesses that no table has told of."""
-        while self._sampled:
+    def learn(self, last: bool = False) -> bool:
+        """Take in what was sampled. True: there is a verdict on guesses that no table has told of. `last`: it matters who is over."""
+        left = 0 if last or self._guessing or self._requests.tells_tokens else LAST_SAMPLED
+        while len(self._sampled) > left:
             asked, ids, tokens = self._sampled.popleft()
+            if left:
+                continue
             for key, new in zip(ids, tokens, strict=False):
-                if key in asked:
-                    self._learn(*asked[key], list(new))
+                if key in asked.of:
+                    sequence, first, drafts = asked.of[key]
+                    self._learn(sequence, first + asked.later, drafts, new)
         return bool(self._wrong)
 
     def _learn(self, sequence: _Sequence, first: int, drafts: int, new: list[int]) -> None:
@@ -257,16 +312,14 @@ class Batches:
         return spans.tobytes()
 
 
-def _spans(going: Sequence[_Sequence], space: int, count: Any, position: Any, decode: Any) -> Any:
-    spans = np.zeros(len(going), SPANS)
-    spans["request"] = [sequence.number for sequence in going]
+def _spans(columns: Sequence[list[int]], space: int, count: Any, position: Any, decode: Any) -> Any:
+    """`columns`: number, attempt, prompt and flags of each request."""
+    spans = np.zeros(len(count), SPANS)
+    spans["request"], spans["attempt"], spans["prompt"], spans["flags"] = columns
     spans["space"] = space
     spans["first"] = np.cumsum(count) - count
     spans["count"] = count
     spans["position"] = position
-    spans["attempt"] = [sequence.attempt for sequence in going]
-    spans["prompt"] = [sequence.prompt for sequence in going]
-    spans["flags"] = [sequence.flags for sequence in going]
     spans["phase"] = np.where(decode & (position >= spans["prompt"]), DECODE, PREFILL)
     return spans
 

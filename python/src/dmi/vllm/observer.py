@@ -28,6 +28,10 @@ class Observer:
         self._batches = Batches(requests, runner.max_model_len)
         self._step = 0
         self._opened = False
+        self._table = b""
+        """Of the last step that was not as the one before it, a token later;"""
+        self._series: Any = None
+        """and those that were."""
         self._hooks = Hooks(model, arrangement, ring.tensor, numbers)
 
     # -------------------------------------------------------------- the runner's calls
@@ -45,11 +49,17 @@ class Observer:
 
     def open(self, batch: Batch) -> None:
         """The model is about to run over a batch."""
-        table = self._batches.table(batch)
-        self._step = self._requests.next_step()
-        self._ring.open_step(self._step, table, width=(0, 0, 0), packed=True)
-        self._opened = True
         self._hooks.clear()
+        if self._batches.again(batch):
+            if self._series is None:
+                self._series = self._ring.series(self._table, width=(0, 0, 0), packed=True)
+            self._step = self._requests.next_step()
+            self._ring.open_next(self._series, self._step)
+        else:
+            self._series, self._table = None, self._batches.table(batch)
+            self._step = self._requests.next_step()
+            self._ring.open_step(self._step, self._table, width=(0, 0, 0), packed=True)
+        self._opened = True
         self._batches.tell_finished(self._step)
 
     def close(self, *, aborted: bool) -> None:
@@ -83,7 +93,7 @@ class Observer:
         raise HookError("session.step: vLLM opens its steps itself")
 
     def settle(self) -> None:
-        if self._batches.learn() and not self._opened:
+        if self._batches.learn(last=True) and not self._opened:
             self._judge()
         self._batches.settle()
 
