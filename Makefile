@@ -254,6 +254,7 @@ bench: setup
 	go run ./bench/page -out bench/results
 	go run ./bench/inspect -out bench/results
 	$(PY) bench/hook_cost.py --save
+	$(PY) bench/vllm_host.py --save bench/results
 	$(PY) bench/overload.py --save
 	$(PY) bench/bytes.py --save
 

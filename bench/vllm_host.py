@@ -1,0 +1,88 @@
+#!/usr/bin/env python3
+"""What a step of vLLM's costs the thread that runs its model, besides what is captured: row tables, requests, tokens. Needs no vLLM and no GPU.
+
+    python bench/vllm_host.py [--steps 600] [--save bench/results]
+
+Of an observer as the plugin has it, on a ring of the CPU that somebody empties: microseconds a step, the median, of requests that all decode a token a step, with the text kept
+of them or not, and of such steps where one request is over and another begins each time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import result
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python" / "tests"))
+
+from dmi import native  # noqa: E402
+from dmi.instrument import Plan  # noqa: E402
+from dmi.requests import Requests, new_run  # noqa: E402
+from dmi.vllm.batches import Batch  # noqa: E402
+from dmi.vllm.hooks import Arrangement  # noqa: E402
+from dmi.vllm.observer import Observer  # noqa: E402
+from ringreader import RingReader  # noqa: E402
+
+PROMPT = 16
+PARTS = ("scheduled", "open", "close", "sampled")
+
+
+def new_request(number: int) -> Any:
+    return SimpleNamespace(req_id=f"chatcmpl-{number:016x}-{number:08x}", prompt_token_ids=list(range(PROMPT)), sampling_params=SimpleNamespace(max_tokens=None))
+
+
+def measure(batch: int, steps: int, text: str, changing: bool) -> dict[str, float]:
+    ring = native.Ring(mode="best-effort")
+    ring.add_site("site", layer=None, space=0, roles=(1, 2))
+    reader = RingReader(ring)
+    model: Any = SimpleNamespace(config=None)
+    observer = Observer(SimpleNamespace(max_model_len=None), model, Arrangement(model, Plan(()), 1), ring, [], Requests(new_run(None, ()), text))
+    going, computed, begun = [new_request(i) for i in range(batch)], np.zeros(batch, "<i4"), batch
+    arrivals, finished = list(going), set[str]()
+    took: dict[str, list[float]] = {part: [] for part in PARTS}
+    for step in range(steps):
+        output = SimpleNamespace(finished_req_ids=finished, scheduled_new_reqs=arrivals, total_num_scheduled_tokens=batch)
+        counts = {request.req_id: 1 if at else PROMPT for request, at in zip(going, computed.tolist(), strict=True)}
+        ids, tokens = [request.req_id for request in going], [[7] for _ in going]
+        for part in PARTS:
+            args: tuple[Any, ...] = {"scheduled": (output,), "open": (Batch(ids, [counts[key] for key in ids], computed),), "close": (),
+                                     "sampled": (observer.asked(), ids, tokens)}[part]  # fmt: skip
+            kwargs, call = {"aborted": False} if part == "close" else {}, getattr(observer, part)
+            before = time.perf_counter()
+            call(*args, **kwargs)
+            took[part].append(1e6 * (time.perf_counter() - before))
+        computed += [counts[key] for key in ids]
+        arrivals, finished = [], set()
+        if changing:
+            finished, arrivals = {going[step % batch].req_id}, [new_request(begun)]
+            going[step % batch], computed[step % batch], begun = arrivals[0], 0, begun + 1
+        if step % 8 == 0:
+            reader.drain()
+    ring.close()
+    return {part: statistics.median(values[steps // 8 :]) for part, values in took.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--save", type=Path)
+    given = parser.parse_args()
+    rows, raw = [], {}
+    for name, text, changing in (("all decode", "none", False), ("all decode, tokens are kept", "ids", False), ("one ends and one begins", "none", True)):
+        for batch in (1, 32, 256):
+            raw[f"{name}, batch {batch}"] = parts = measure(batch, given.steps, text, changing)
+            rows.append(result.row(f"{name}, batch {batch}", sum(parts.values()), "us a step"))
+            print(f"{name}, batch {batch}: {sum(parts.values()):.0f} us a step: {', '.join(f'{part} {value:.0f}' for part, value in parts.items())}", flush=True)
+    if given.save:
+        print("written to", result.write("vllm_host", rows, folder=given.save, raw=raw))
+
+
+if __name__ == "__main__":
+    main()
