@@ -69,15 +69,14 @@ def test_the_second_runner_is_as_it_is_taken_to_be() -> None:
     assert calls == ["compile_or_warm_up_model"]
 
 
-@pytest.mark.parametrize("how", ["eager", pytest.param("in pieces", marks=FULL), pytest.param("as a whole", marks=FULL)])
-def test_what_is_written_over(tmp_path: Path, how: str) -> None:
+@pytest.mark.parametrize("eager", [True, pytest.param(False, marks=FULL)], ids=["eager", "compiled"])
+def test_what_is_written_over(tmp_path: Path, eager: bool) -> None:
     """Norms that give their results in the memory of what they were given, and rotary embeddings that turn queries and keys where they are: of Llama, whose queries and
     keys nothing else touches. All sites of a forward are two calls: a group, and logits."""
     model = model_on_disk(tmp_path / "llama", "llama")
     requests = load(random.Random(fresh_seed()), 12, every=0.5)
     settings = {"hooks": ["**"], "store": str(tmp_path / "store"), "mode": "complete"}
-    result = serve(tmp_path / "observed", model, requests, dmi=settings, in_place=True, enforce_eager=how == "eager",
-                   **({"compilation_config": {"splitting_ops": []}} if how == "as a whole" else {}))  # fmt: skip
+    result = serve(tmp_path / "observed", model, requests, dmi=settings, in_place=True, enforce_eager=eager)
     assert result["status"]["observed"] and result["flushed"], result["status"]
     assert result["calls"]["dmi_tests::fused_add_rms_norm"] == 6, "norms are not in place: nothing is tested"
     found = compare(tmp_path / "store", Alone(model), requests, result, whole=len(requests))

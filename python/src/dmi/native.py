@@ -1,8 +1,8 @@
 """libdmi from Python: the capture op, and the ring that it writes.
 
 The op is ``torch.ops.dmi.capture(ring.tensor, tensors, sites)``: it copies a group of tensors, each to its site, into the step that the
-calling thread has open on that ring. Outside an open step, on a closed ring, and in a forked child it does nothing. ``torch.ops.dmi.copy(tensor)``
-is a clone that compilers leave where it is.
+calling thread has open on that ring. Outside an open step, on a closed ring, and in a forked child it does nothing. ``torch.ops.dmi.copy(ring.tensor,
+tensor)`` is a clone that compilers leave where it is, and ``torch.ops.dmi.hold(ring.tensor, tensor)`` has them make a tensor there and not where it is used.
 """
 
 from __future__ import annotations
@@ -132,8 +132,12 @@ def _load() -> ctypes.CDLL:
         return None
 
     @torch.library.register_fake("dmi::copy")
-    def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    def _copy(ring: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.clone()
+
+    @torch.library.register_fake("dmi::hold")
+    def _hold(ring: torch.Tensor, tensor: torch.Tensor) -> None:
+        return None
 
     return library
 

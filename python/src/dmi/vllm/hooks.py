@@ -5,8 +5,8 @@ is decided when the hooks are placed, by what the plan and the scheduler's bound
 batch sizes run the same code. Nothing waits for longer than a forward of the backbone.
 
 What vLLM may write over is copied before it waits: a fused norm gives its results in the memory of what it was given, a rotary embedding turns queries and keys
-where they are. By `dmi::copy`, and not by a clone: Inductor and vLLM's passes remove clones, and vLLM's make operations in place without asking who else reads. What
-users declare may be anything, and is captured at once.
+where they are. By `dmi::copy`, and not by a clone: Inductor drops clones and puts what it may to where that is used, and then vLLM's passes make operations in place without asking who
+reads later. For the same reason the sum of the residual stream, which Inductor makes together with others, is held where it is. What users declare may be anything, and is captured at once.
 
 The ring and what waits are attributes of each hooked module, not of the hooks: what vLLM compiled and stored for another process looks them up there again. Site numbers
 are the sites' places in the plan. The digest in vLLM's cache key covers both."""
@@ -28,7 +28,8 @@ from dmi.vllm.sites import RESIDUAL, last_norm, residual, taken
 WAITING_BYTES = 512 << 20
 """Of what waits at most, in a step of as many tokens as the scheduler gives. vLLM's profiling run, which is such a step, counts it."""
 
-RING, WAITING, SUM = "dmi_ring", "dmi_waiting", "dmi_sum"
+RING, WAITING, STREAM = "dmi_ring", "dmi_waiting", "dmi_stream"
+"""The last one: the two that it is the sum of, and that."""
 
 AT_ONCE, COPIED, KEPT = "at once", "copied", "kept"
 
@@ -104,35 +105,34 @@ class _Hook:
         if self.begins:
             _capture(module)
         now: list[tuple[Tensor, int]] = []
-        stream: tuple[Tensor, bool] | None = None
         copied: Tensor | None = None
         for site, tap, how in self.taps:
-            keep = how != COPIED
+            wait = how != AT_ONCE
             if tap.which == RESIDUAL:
-                if stream is None:
-                    stream = _stream(module, tap, args, kwargs, output)
-                tensor, keep = stream
+                tensor = _stream(module, tap, args, kwargs, output)
+                keep = True
             else:
                 found = taken(tap, args, kwargs, output)
                 if found is None:
                     continue
-                tensor = found
+                tensor, keep = found, how != COPIED
                 if not keep and self.together and tap.which is None:
                     if copied is None:
-                        copied = torch.ops.dmi.copy(tensor)
+                        copied = torch.ops.dmi.copy(module.dmi_ring, tensor)
                     tensor, keep = copied, True
             if tap.transform is not None:
-                tensor, keep = tap.transform(tensor), keep or how == KEPT
-            if how == AT_ONCE:
+                tensor = tap.transform(tensor)
+            if not wait:
                 now.append((tensor, site))
             else:
-                module.dmi_waiting.append((tensor if keep else torch.ops.dmi.copy(tensor), site))
-        if self.given and not torch.compiler.is_compiling():
-            module.dmi_sum.clear()
+                module.dmi_waiting.append((tensor if keep else torch.ops.dmi.copy(module.dmi_ring, tensor), site))
+        if self.given:
+            module.dmi_stream.clear()
         if len(now) > 0:
             torch.ops.dmi.capture(module.dmi_ring, [tensor for tensor, _ in now], [site for _, site in now])
         if self.ends:
             _capture(module)
+            module.dmi_stream.clear()
 
 
 def _capture(module: Any) -> None:
@@ -143,18 +143,21 @@ def _capture(module: Any) -> None:
         waiting.clear()
 
 
-def _stream(module: Any, tap: Tap, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> tuple[Tensor, bool]:
-    """The residual stream, and whether it is a tensor of ours. A block's output, and what the next block and its norm are given, are one sum: compilers see that
-    themselves."""
+def _stream(module: Any, tap: Tap, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
+    """The residual stream, a tensor of ours. A block's output, and what the next block and its norm are given, are one."""
     hidden, other = residual(tap, args, kwargs, output)
+    last = module.dmi_stream
+    if len(last) > 0 and last[0] is hidden and last[1] is other:
+        return last[2]  # type: ignore[no-any-return]
     if other is None:
-        return hidden, False
-    if torch.compiler.is_compiling():
-        return hidden + other, True
-    last = module.dmi_sum
-    if len(last) == 0 or last[0] is not hidden or last[1] is not other:
-        last[:] = hidden, other, hidden + other
-    return last[2], True
+        ours: Tensor = torch.ops.dmi.copy(module.dmi_ring, hidden)
+    else:
+        ours = hidden + other
+        if torch.compiler.is_compiling():
+            torch.ops.dmi.hold(module.dmi_ring, ours)
+    last.clear()
+    last.extend((hidden, other, ours))
+    return ours
 
 
 class _Before(_Hook):
@@ -173,10 +176,10 @@ class Hooks:
     def __init__(self, model: nn.Module, arrangement: Arrangement, ring: Tensor, numbers: Sequence[int]) -> None:
         self._handles: list[Any] = []
         self._waiting: list[tuple[Tensor, int]] = []
-        self._sum: list[Tensor] = []
+        self._stream: list[Any] = []
         for place in arrangement.places:
             module = model.get_submodule(place.path)
-            for name, value in ((RING, ring), (WAITING, self._waiting), (SUM, self._sum)):
+            for name, value in ((RING, ring), (WAITING, self._waiting), (STREAM, self._stream)):
                 object.__setattr__(module, name, value)
             if place.side == "in":
                 self._handles.append(module.register_forward_pre_hook(_Before(place, numbers), with_kwargs=True))
@@ -186,7 +189,7 @@ class Hooks:
     def clear(self) -> None:
         """Begin anew: forget what a forward that was aborted left behind."""
         self._waiting.clear()
-        self._sum.clear()
+        self._stream.clear()
 
     def remove(self) -> None:
         """The ring stays where compiled code looks for it: it is closed, and captures nothing."""
