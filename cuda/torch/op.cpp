@@ -1,8 +1,8 @@
 // dmi::capture, the torch op: unpacks its arguments and calls dmi_capture. Built on libtorch's stable ABI, so that one
 // library serves every torch from 2.11 on; it takes neither the GIL nor memory of torch's.
 //
-// dmi::copy is a clone, of a tensor that waits for its capture while others write where it was, and dmi::hold does nothing: what it is
-// given is made before it, and not where it is used. Compilers let both stand where they are, as they do captures: `ring` is mutated.
+// dmi::copy is a clone of a tensor that waits for its capture, while others write where it was. Compilers let it stand where it is, as
+// they do captures: `ring` is mutated.
 //
 // `ring` is an int64[1] tensor, declared as mutated: that is what keeps the compilers from dropping captures or changing their
 // order. On the CPU it holds the ring's handle; on a device, where reading it would be a wait, its address says which ring it is.
@@ -192,21 +192,14 @@ void copy(StableIValue* stack, uint64_t arguments, uint64_t) {
   stack[0] = torch::stable::detail::from(copied);
 }
 
-void hold(StableIValue* stack, uint64_t arguments, uint64_t) {
-  STD_TORCH_CHECK(arguments == 2, "dmi::hold: takes ring and a tensor");
-  const TensorArgument ring(stack[0]), tensor(stack[1]);
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY(dmi, library) {
   library.def("capture(Tensor(a!) ring, Tensor[] tensors, SymInt[] sites) -> ()");
   library.def("copy(Tensor(a!) ring, Tensor tensor) -> Tensor");
-  library.def("hold(Tensor(a!) ring, Tensor tensor) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dmi, CompositeExplicitAutograd, library) {
   library.impl("capture", capture);
   library.impl("copy", copy);
-  library.impl("hold", hold);
 }

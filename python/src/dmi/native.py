@@ -2,7 +2,7 @@
 
 The op is ``torch.ops.dmi.capture(ring.tensor, tensors, sites)``: it copies a group of tensors, each to its site, into the step that the
 calling thread has open on that ring. Outside an open step, on a closed ring, and in a forked child it does nothing. ``torch.ops.dmi.copy(ring.tensor,
-tensor)`` is a clone that compilers leave where it is, and ``torch.ops.dmi.hold(ring.tensor, tensor)`` has them make a tensor there and not where it is used.
+tensor)`` is a clone that compilers leave where it is.
 """
 
 from __future__ import annotations
@@ -134,10 +134,6 @@ def _load() -> ctypes.CDLL:
     @torch.library.register_fake("dmi::copy")
     def _copy(ring: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.clone()
-
-    @torch.library.register_fake("dmi::hold")
-    def _hold(ring: torch.Tensor, tensor: torch.Tensor) -> None:
-        return None
 
     return library
 

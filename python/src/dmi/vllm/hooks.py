@@ -5,8 +5,8 @@ is decided when the hooks are placed, by what the plan and the scheduler's bound
 batch sizes run the same code. Nothing waits for longer than a forward of the backbone.
 
 What vLLM may write over is copied before it waits: a fused norm gives its results in the memory of what it was given, a rotary embedding turns queries and keys
-where they are. By `dmi::copy`, and not by a clone: Inductor drops clones and puts what it may to where that is used, and then vLLM's passes make operations in place without asking who
-reads later. For the same reason the sum of the residual stream, which Inductor makes together with others, is held where it is. What users declare may be anything, and is captured at once.
+where they are. By `dmi::copy`, and not by a clone: Inductor drops clones and moves what it may to where that is used, and then vLLM's passes make operations in place without asking who
+reads later. What users declare may be anything, and is captured at once.
 
 The ring and what waits are attributes of each hooked module, not of the hooks: what vLLM compiled and stored for another process looks them up there again. Site numbers
 are the sites' places in the plan. The digest in vLLM's cache key covers both."""
@@ -59,8 +59,9 @@ class Place:
 class Arrangement:
     """What of a plan is taken where, in the order of a forward, and where groups end."""
 
-    def __init__(self, model: nn.Module, plan: Plan, tokens: int) -> None:
-        """`tokens`: of a step, at most."""
+    def __init__(self, model: nn.Module, plan: Plan, tokens: int, careful: bool = False) -> None:
+        """`tokens`: of a step, at most. `careful`: compilers may have norms that write over what a sum is made of, unseen by those that decide when it is made."""
+        self.careful = careful
         self.places: list[Place] = []
         self._names = [f"{site.name} {_how(site)}" for site in plan.sites]
         found: dict[tuple[str, str], Place] = {}
@@ -91,11 +92,12 @@ class Arrangement:
 
     def words(self) -> list[str]:
         """All that compiled code depends on."""
-        return [*self._names, *(f"{place.path} {place.side}" for place in self.places if place.begins)]
+        return [*(["careful"] if self.careful else []), *self._names, *(f"{place.path} {place.side}" for place in self.places if place.begins)]
 
 
 class _Hook:
-    def __init__(self, place: Place, numbers: Sequence[int]) -> None:
+    def __init__(self, place: Place, numbers: Sequence[int], careful: bool) -> None:
+        self.careful = careful and RESIDUAL in [tap.which for _, tap, _ in place.taps]
         self.taps = tuple((numbers[index], tap, how) for index, tap, how in place.taps)
         self.begins, self.ends, self.given = place.begins, place.ends, place.given
         self.together = sum(how == COPIED and tap.which is None for _, tap, how in self.taps) > 1
@@ -109,7 +111,7 @@ class _Hook:
         for site, tap, how in self.taps:
             wait = how != AT_ONCE
             if tap.which == RESIDUAL:
-                tensor = _stream(module, tap, args, kwargs, output)
+                tensor = _stream(module, self.careful, tap, args, kwargs, output)
                 keep = True
             else:
                 found = taken(tap, args, kwargs, output)
@@ -143,7 +145,7 @@ def _capture(module: Any) -> None:
         waiting.clear()
 
 
-def _stream(module: Any, tap: Tap, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
+def _stream(module: Any, careful: bool, tap: Tap, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
     """The residual stream, a tensor of ours. A block's output, and what the next block and its norm are given, are one."""
     hidden, other = residual(tap, args, kwargs, output)
     last = module.dmi_stream
@@ -152,9 +154,10 @@ def _stream(module: Any, tap: Tap, args: tuple[Any, ...], kwargs: dict[str, Any]
     if other is None:
         ours: Tensor = torch.ops.dmi.copy(module.dmi_ring, hidden)
     else:
-        ours = hidden + other
-        if torch.compiler.is_compiling():
-            torch.ops.dmi.hold(module.dmi_ring, ours)
+        if careful:
+            ours = torch.ops.dmi.copy(module.dmi_ring, hidden) + torch.ops.dmi.copy(module.dmi_ring, other)
+        else:
+            ours = hidden + other
     last.clear()
     last.extend((hidden, other, ours))
     return ours
@@ -182,9 +185,9 @@ class Hooks:
             for name, value in ((RING, ring), (WAITING, self._waiting), (STREAM, self._stream)):
                 object.__setattr__(module, name, value)
             if place.side == "in":
-                self._handles.append(module.register_forward_pre_hook(_Before(place, numbers), with_kwargs=True))
+                self._handles.append(module.register_forward_pre_hook(_Before(place, numbers, arrangement.careful), with_kwargs=True))
             else:
-                self._handles.append(module.register_forward_hook(_After(place, numbers), with_kwargs=True))
+                self._handles.append(module.register_forward_hook(_After(place, numbers, arrangement.careful), with_kwargs=True))
 
     def clear(self) -> None:
         """Begin anew: forget what a forward that was aborted left behind."""

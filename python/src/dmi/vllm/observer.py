@@ -108,7 +108,9 @@ def observe(runner: Any, settings: Settings) -> tuple[Session, Observer]:
     model = runner.get_model()
     ranks = runner.vllm_config.parallel_config.tensor_parallel_size
     chosen = plan(model, settings.hooks, ranks)
-    arrangement = Arrangement(model, chosen, runner.vllm_config.scheduler_config.max_num_batched_tokens)
+    # Norms that vLLM's passes fuse with a quantisation or with a reduction over ranks write over the residual, whoever reads it later.
+    fused = ranks > 1 or getattr(runner.vllm_config, "quant_config", None) is not None
+    arrangement = Arrangement(model, chosen, runner.vllm_config.scheduler_config.max_num_batched_tokens, careful=fused)
     _tell_compiler(runner.vllm_config, settings.digest(arrangement.words()))
     session = new_session(settings.mode, settings.text, None, None, ())
     observers: list[Observer] = []
