@@ -129,6 +129,10 @@ class Batches:
         self._finished: list[_Sequence] = []
         self._wrong: list[tuple[_Sequence, int, int, int]] = []  # rejected guesses: of whom, from which position, how many, their attempt
         self._sampled: deque[tuple[Asked, Sequence[str], Sequence[list[int]]]] = deque()
+        self._guessed: Asked | None = None
+        """The last table's, where it had guesses,"""
+        self.undecided = False
+        """and whether what came of them is known and no table has told it: none says that all were right but the next one."""
         self._guessing = False
         """There have been guesses."""
         self._named: dict[str, None] = {}
@@ -235,6 +239,7 @@ class Batches:
         split = bool(drafts.any())
         self._guessing = self._guessing or split
         self._ids, self._going, self.asked = list(batch.ids), [], Asked()
+        self._guessed, self.undecided = self.asked if split else None, False
         going, asked = self._going, self.asked.of
         columns: tuple[list[int], ...] = ([], [], [], [])
         numbers, attempts, prompts, flags = columns
@@ -283,6 +288,7 @@ class Batches:
         left = 0 if last or self._guessing or self._requests.tells_tokens else LAST_SAMPLED
         while len(self._sampled) > left:
             asked, ids, tokens = self._sampled.popleft()
+            self.undecided = self.undecided or asked is self._guessed
             if left:
                 continue
             for key, new in zip(ids, tokens, strict=False):
@@ -304,6 +310,7 @@ class Batches:
 
     def verdict(self) -> bytes:
         """Spans of the guesses that were rejected since the last table."""
+        self.undecided = False
         spans = np.zeros(len(self._wrong), SPANS)
         for span, (sequence, position, count, attempt) in zip(spans, self._wrong, strict=True):
             span["request"], span["position"], span["count"], span["attempt"] = sequence.number, position, count, attempt

@@ -93,7 +93,7 @@ class Observer:
         raise HookError("session.step: vLLM opens its steps itself")
 
     def settle(self) -> None:
-        if self._batches.learn(last=True) and not self._opened:
+        if (self._batches.learn(last=True) or self._batches.undecided) and not self._opened:
             self._judge()
         self._batches.settle()
 
