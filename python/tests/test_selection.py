@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import dmi
+from dmi.groups import Groups
 from sessions import alive, balanced, engine_pid, llama, plainly, prompts, until
 
 RESIDUAL = "blocks.*.hook_resid_post"
@@ -123,6 +124,13 @@ def test_an_engine_that_comes_back_names_its_groups_again(tmp_path: Path) -> Non
             positions = range(5 if session.requests.index(request) < 3 else 4)
             assert captured(session, request, site) == (set(positions) if request.endswith(".1") else set())
         assert balanced(session.coverage())
+
+
+def test_ids_and_tags_mean_what_they_mean_to_the_engine() -> None:
+    """tensor.MatchText: `*` stands for any bytes, `?` for one, brackets for themselves."""
+    groups = Groups(1, [{"ids": ["*.1", "a?c[x]*"], "tags": []}, {"ids": [], "tags": ["t"]}, {"ids": ["é?"], "tags": ["t", "u"]}])
+    for request, tags, members in (("r.1", [], 1), ("r.12", [], 0), ("abc[x]z", ["t"], 3), ("abcx", [], 0), ("x", ["t", "u"], 2), ("éz", ["t"], 2), ("éz", ["u", "t"], 6), ("éé", ["t", "u"], 2)):
+        assert groups.of(request, tags) == members, request
 
 
 def test_a_trigger_promotes_one_request_of_many(tmp_path: Path) -> None:

@@ -8,9 +8,10 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 
-def _pattern(text: str) -> re.Pattern[str]:
-    """`*`: any bytes, `?`: one. As the engine matches ids (tensor.MatchText)."""
-    return re.compile(fnmatch.translate(_bytes(text).replace("[", "[[]")))
+def _pattern(texts: Sequence[str]) -> re.Pattern[str]:
+    """Of what fits one of some: `*`: any bytes, `?`: one. As the engine matches ids (tensor.MatchText). One expression, because the model's thread asks it of every
+    request that begins."""
+    return re.compile("|".join(fnmatch.translate(_bytes(text).replace("[", "[[]")) for text in texts))
 
 
 def _bytes(text: str) -> str:
@@ -24,7 +25,7 @@ class Groups:
     def __init__(self, name: int, sets: Sequence[Mapping[str, Any]]) -> None:
         self.name = name
         """The engine's, which gates repeat."""
-        self._sets = [([_pattern(text) for text in each["ids"]], frozenset(each["tags"])) for each in sets]
+        self._sets = [(_pattern(each["ids"]) if each["ids"] else None, frozenset(each["tags"])) for each in sets]
 
     def of(self, request: str, tags: Collection[str]) -> int:
         """The groups that a request of this id with these tags, its own and its run's, is in: a bit each."""
@@ -32,5 +33,5 @@ class Groups:
         return sum(
             1 << index
             for index, (ids, needed) in enumerate(self._sets)
-            if needed.issubset(tags) and (not ids or any(pattern.match(text) for pattern in ids))
+            if needed.issubset(tags) and (ids is None or ids.match(text))
         )
