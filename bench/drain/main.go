@@ -36,22 +36,40 @@ import (
 
 const (
 	hidden = 2560 // Qwen3-4B's, in bf16
-	width  = hidden * 2
-	sites  = 38
+	most   = 726  // sites: those that Qwen3-4B has in vLLM
 )
 
 type load struct {
-	name string
-	rows uint32 // of a step
-	each uint32 // of one request
+	name  string
+	sites uint32
+	rows  uint32 // of a step
+	each  uint32 // of one request
+	stats bool   // rows are statistics
 }
 
-var loads = []load{{"prefill, 512 rows of one request a step", 512, 512}, {"decode, 32 requests a step", 32, 1}}
+// Of few sites it is bytes that cost, of the statistics of many it is records.
+var loads = []load{
+	{"prefill, 512 rows of one request a step", 38, 512, 512, false},
+	{"decode, 32 requests a step", 38, 32, 1, false},
+	{"statistics of 726 sites, decode, 1 request a step", most, 1, 1, true},
+	{"statistics of 726 sites, decode, 32 requests a step", most, 32, 1, true},
+}
+
+// width is the bytes of a row.
+func (l load) width() uint64 {
+	if l.stats {
+		return 4 * tensor.Figures
+	}
+	return 2 * hidden
+}
+
+func (l load) stepBytes() uint64 { return uint64(l.sites) * uint64(l.rows) * l.width() }
 
 func main() {
 	dir := flag.String("dir", ".", "a directory on the disk to measure")
 	mib := flag.Int("mib", 4096, "how much to drain each time")
 	rounds := flag.Int("rounds", 5, "rounds; medians are reported")
+	only := flag.String("only", "", "measure only what has this in its name")
 	out := flag.String("out", "", "directory to write the result to (default: standard output only)")
 	profile := flag.String("cpuprofile", "", "write a CPU profile here")
 	flag.Parse()
@@ -61,13 +79,13 @@ func main() {
 			defer pprof.StopCPUProfile()
 		}
 	}
-	if err := run(*dir, *mib, *rounds, *out); err != nil {
+	if err := run(*dir, *only, *mib, *rounds, *out); err != nil {
 		fmt.Fprintln(os.Stderr, "drain:", err)
 		os.Exit(1)
 	}
 }
 
-func run(dir string, mib, rounds int, out string) error {
+func run(dir, only string, mib, rounds int, out string) error {
 	work, err := os.MkdirTemp(dir, ".drain-")
 	if err != nil {
 		return err
@@ -88,6 +106,9 @@ func run(dir string, mib, rounds int, out string) error {
 		for _, l := range loads {
 			for _, sink := range []string{"books", "checksum", "disk"} {
 				name := l.name + ", sink " + sink
+				if !strings.Contains(name, only) {
+					continue
+				}
 				n := bytes
 				if sink == "disk" {
 					n = bytes / 4
@@ -158,7 +179,7 @@ type kept struct {
 	*store.Store
 	session uint32
 	tensors bool
-	bySite  [sites]struct { // each is one goroutine's at a time; apart, so that none waits for another's cache
+	bySite  [most]struct { // each is one goroutine's at a time; apart, so that none waits for another's cache
 		rows uint64
 		_    [56]byte
 	}
@@ -190,7 +211,7 @@ type sink interface {
 
 // drainRate publishes steps as fast as they are drained, until bytes have reached the sink and, on disk, are durable.
 func drainRate(l load, kind, dir string, bytes uint64) (rate, cpu float64, err error) {
-	p, err := ringtape.NewProducer(ringtape.Shape{Mode: ring.ModeComplete, Lanes: 1, RecordCapacity: 1 << 14, CommandCapacity: 1 << 10, SiteCapacity: 64,
+	p, err := ringtape.NewProducer(ringtape.Shape{Mode: ring.ModeComplete, Lanes: 1, RecordCapacity: 1 << 14, CommandCapacity: 1 << 10, SiteCapacity: 1024,
 		Payload: 256 << 20, Table: 1 << 20, Staging: 256 << 20})
 	if err != nil {
 		return 0, 0, err
@@ -204,7 +225,7 @@ func drainRate(l load, kind, dir string, bytes uint64) (rate, cpu float64, err e
 	}
 	session := uint32(1)
 	var list []tensor.Site
-	for i := range uint32(sites) {
+	for i := range l.sites {
 		name := fmt.Sprintf("blocks.%d.hook_resid_post", i)
 		p.AddSite(ring.Site{Layer: i, NDim: 2, Role: [6]uint8{ring.RoleRow, ring.RoleInner}}, name)
 		list = append(list, tensor.Site{ID: i, Name: name, Layer: int(i)})
@@ -250,7 +271,7 @@ func drainRate(l load, kind, dir string, bytes uint64) (rate, cpu float64, err e
 	defer bell.Close()
 	var trouble atomic.Value
 	event := func(level, code, message string) { trouble.Store(code + ": " + message) }
-	items := make(chan []drain.Item, 16)
+	items := make(chan []*drain.Item, 16)
 	d := drain.New(r, bell, items, drain.Options{Manifest: to, Sites: func([]ring.Site) error { return nil }, Event: event})
 	line := pipeline.New(pipeline.Options{Session: session, Store: to, Event: event})
 	ended := make(chan error, 1)
@@ -264,8 +285,7 @@ func drainRate(l load, kind, dir string, bytes uint64) (rate, cpu float64, err e
 
 	runtime.LockOSThread() // the producer's
 	defer runtime.UnlockOSThread()
-	stepBytes := uint64(sites) * uint64(l.rows) * width
-	steps := max(bytes/stepBytes, 1)
+	steps := max(bytes/l.stepBytes(), 1)
 	spent, publishing, begun := processTime(), ringtape.ThreadTime(), time.Now()
 	for step := range steps {
 		if err := publishStep(p, l, step+1); err != nil {
@@ -287,10 +307,10 @@ func drainRate(l load, kind, dir string, bytes uint64) (rate, cpu float64, err e
 	if t := trouble.Load(); t != nil {
 		return 0, 0, fmt.Errorf("%v", t)
 	}
-	if want := steps * sites * uint64(l.rows); rows() != want {
+	if want := steps * uint64(l.sites) * uint64(l.rows); rows() != want {
 		return 0, 0, fmt.Errorf("%d of %d rows arrived", rows(), want)
 	}
-	total := float64(steps * stepBytes)
+	total := float64(steps * l.stepBytes())
 	return total / elapsed, spent.Seconds() / (total / 1e9), nil
 }
 
@@ -307,13 +327,13 @@ func publishStep(p *ringtape.Producer, l load, step uint64) error {
 		return err
 	}
 	var b [ring.RecordSize]byte
-	open := ring.OpenRecord{Step: step, Table: at, TableBytes: uint64(len(table)), Sites: sites, Kind: ring.KindOpen, Rows: [3]uint32{l.rows}}
+	open := ring.OpenRecord{Step: step, Table: at, TableBytes: uint64(len(table)), Sites: l.sites, Kind: ring.KindOpen, Rows: [3]uint32{l.rows}}
 	open.Encode(b[:])
 	if err := lane.Publish(b[:], until); err != nil {
 		return err
 	}
-	bytes := uint64(l.rows) * width
-	for site := range uint32(sites) {
+	bytes := uint64(l.rows) * l.width()
+	for site := range l.sites {
 		at, ok := p.ReservePayload(bytes)
 		for !ok {
 			if time.Now().After(until) {
@@ -325,12 +345,15 @@ func publishStep(p *ringtape.Producer, l load, step uint64) error {
 		r := ring.Record{Step: step, Payload: at, PayloadBytes: bytes, TensorBytes: bytes, Site: site, Rows: l.rows, Kind: ring.KindCapture, Outcome: ring.OutcomeCaptured,
 			Size: [6]uint32{l.rows, hidden}, Stride: [6]uint32{hidden, 1}, Role: [6]uint8{ring.RoleRow, ring.RoleInner}, DType: ring.DTypeBF16, NDim: 2,
 			Place: ring.PlaceRing, Flags: ring.RecordGathered}
+		if l.stats {
+			r.Level = ring.LevelStats
+		}
 		r.Encode(b[:])
 		if err := lane.Publish(b[:], until); err != nil {
 			return err
 		}
 	}
-	end := ring.CloseRecord{Step: step, Records: sites, Kind: ring.KindClose}
+	end := ring.CloseRecord{Step: step, Records: uint64(l.sites), Kind: ring.KindClose}
 	end.Encode(b[:])
 	return lane.Publish(b[:], until)
 }
