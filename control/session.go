@@ -154,7 +154,7 @@ func (x *session) start() {
 	for i := range resume {
 		resume[i] = x.store.Resume(x.hello.Producer, i) // 0 for one that is new
 	}
-	items := make(chan []drain.Item, o.QueueBatches)
+	items := make(chan []*drain.Item, o.QueueBatches)
 	d := drain.Options{Manifest: manifest{x.store, x.number}, Sites: x.newSites, Event: x.event, Resume: resume, TensorBytes: o.TensorBytes, BusyPoll: o.BusyPoll}
 	if x.tape != nil {
 		d.Tap = x.tape.Record

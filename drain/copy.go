@@ -57,10 +57,8 @@ func (d *Drain) request() bool {
 			break
 		}
 		job := copyJob{entries: d.want[:n:n], lease: lease, last: d.post(e.at, total, lease.At, size)}
-		for i, x := range job.entries {
-			if i > 0 {
-				lease.Retain()
-			}
+		lease.Retain(n - 1)
+		for _, x := range job.entries {
 			x.item.lease, x.item.drain = lease, d
 			from := x.at - e.at
 			x.item.Data = lease.Bytes[from : from+x.bytes : from+x.bytes]

@@ -52,7 +52,7 @@ type Drain struct {
 	ring    *ring.Ring
 	bell    *ring.Bell
 	options Options
-	out     chan<- []Item
+	out     chan<- []*Item
 
 	sites   []ring.Site
 	lanes   []*lane
@@ -65,7 +65,9 @@ type Drain struct {
 	away    uint64        // bytes of spilled payload that were taken away and are not handed on
 	done    uint64        // commands completed
 	foreign uint64        // commands below this were posted by an engine before us, into staging we do not know of
-	batch   []Item
+	batch   []*Item
+	passed  uint64  // bytes of the batch
+	entries []entry // not used yet
 	failure error
 	offers  []*Offer // not decided, oldest first
 	claimed uint64   // of the payload ring: the end of what was last claimed
@@ -96,7 +98,7 @@ type mark struct {
 }
 
 // New makes the drain of a ring, whose items Run sends to out. It takes over neither.
-func New(r *ring.Ring, bell *ring.Bell, out chan<- []Item, o Options) *Drain {
+func New(r *ring.Ring, bell *ring.Bell, out chan<- []*Item, o Options) *Drain {
 	if o.CoalesceBytes == 0 {
 		o.CoalesceBytes = 4 << 20
 	}
@@ -108,7 +110,7 @@ func New(r *ring.Ring, bell *ring.Bell, out chan<- []Item, o Options) *Drain {
 	}
 	d := &Drain{ring: r, bell: bell, options: o, out: out, foreign: r.Posted()}
 	for i, l := range r.Lanes() {
-		own := &lane{ring: l, selections: map[uint32]uint16{}, released: l.Next()}
+		own := &lane{ring: l, released: l.Next()}
 		if i < len(o.Resume) {
 			own.skipTo = o.Resume[i]
 		}

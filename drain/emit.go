@@ -46,6 +46,8 @@ func (d *Drain) send() {
 		return
 	}
 	few := len(d.batch) < fewItems
+	d.bytes.Add(d.passed)
+	d.passed = 0
 	d.out <- d.batch
 	d.batch = nil
 	if few { // whoever waits for them goes first: what is left to do here can wait, and they would wait for it where there is one processor
@@ -65,22 +67,26 @@ func (d *Drain) hand(l *lane, e *entry) {
 	if e.none {
 		return
 	}
+	i := &e.item
 	if e.part {
-		d.assemble(l, e)
-	} else {
-		if e.item.Kind == Captured || e.item.Kind == Settled {
-			l.parts = nil // a row in parts that something else follows is settled by a later record
-		}
-		d.add(e.item)
+		d.assemble(l, i)
+		return
 	}
-	if e.item.Kind == Opened && e.item.Reason != tensor.ReasonNone {
-		d.add(Item{Kind: Cut, Lane: e.item.Lane, Step: e.item.Step, Reason: e.item.Reason})
+	if i.Kind == Captured || i.Kind == Settled {
+		l.parts = nil // a row in parts that something else follows is settled by a later record
 	}
-	e.item = Item{}
+	var cut *Item
+	if i.Kind == Opened && i.Reason != tensor.ReasonNone {
+		cut = &Item{Kind: Cut, Lane: i.Lane, Step: i.Step, Reason: i.Reason}
+	}
+	if d.add(i); cut != nil {
+		d.add(cut)
+	}
 }
 
-func (d *Drain) add(i Item) {
-	d.bytes.Add(uint64(len(i.Data)))
+// add hands an item on, which is the consumer's from here on.
+func (d *Drain) add(i *Item) {
+	d.passed += uint64(len(i.Data))
 	d.batch = append(d.batch, i)
 	if len(d.batch) >= batchItems {
 		d.send()
@@ -88,8 +94,7 @@ func (d *Drain) add(i Item) {
 }
 
 // assemble takes in a part of a row, and hands the row on when it is whole.
-func (d *Drain) assemble(l *lane, e *entry) {
-	i := e.item
+func (d *Drain) assemble(l *lane, i *Item) {
 	r := &i.Record
 	a := l.parts
 	if a != nil && (a.step != r.Step || a.site != r.Site || a.row != r.RowFirst || a.tensorBytes != r.TensorBytes) {

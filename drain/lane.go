@@ -2,6 +2,7 @@ package drain
 
 import (
 	"fmt"
+	"slices"
 	"time"
 
 	"dmi/ring"
@@ -12,8 +13,8 @@ import (
 type lane struct {
 	ring *ring.Lane
 	step *Step // open
-	// by site of the open step: what its records said
-	selections map[uint32]uint16
+	// by site of the open step: what its records said, -1 before the first
+	selections []int32
 	caught     uint64
 	skipTo     uint64 // records below are in the manifest already
 	quiet      bool   // strays are expected: of a step that an engine before us has booked
@@ -34,7 +35,7 @@ type lane struct {
 
 // entry is a record, or something else that takes its turn among them.
 type entry struct {
-	item     Item
+	item     Item // the consumer's once handed on
 	none     bool // there is nothing to hand on
 	ready    bool
 	handed   bool
@@ -52,6 +53,16 @@ type entry struct {
 	of       *Offer                 // what it is fetched from
 	raw      *[ring.RecordSize]byte // for the Tap
 	table    []byte
+}
+
+// entry makes one. They are made some at a time: of a small tensor, making one alone is most of the work.
+func (d *Drain) entry() *entry {
+	if len(d.entries) == 0 {
+		d.entries = make([]entry, 64)
+	}
+	e := &d.entries[0]
+	d.entries = d.entries[1:]
+	return e
 }
 
 func (l *lane) stop(at uint64) { l.end, l.ended = at, true }
@@ -92,7 +103,8 @@ func (d *Drain) read(l *lane, now time.Time) bool {
 				d.cut(l, tensor.Corrupt)
 			}
 		}
-		e := &entry{none: true, ready: true, slot: true, read: stamp}
+		e := d.entry()
+		e.none, e.ready, e.slot, e.read = true, true, true, stamp
 		if index < l.skipTo {
 			d.forgo(e, &b)
 			l.pass(&b)
@@ -205,7 +217,10 @@ func (d *Drain) takeOpen(l *lane, e *entry, b *[ring.RecordSize]byte) {
 	}
 	e.none, e.item = false, Item{Kind: Opened, Lane: l.ring.Index, Step: step}
 	l.step, l.caught = step, 0
-	clear(l.selections)
+	l.selections = slices.Grow(l.selections[:0], len(step.Sites))[:len(step.Sites)]
+	for i := range l.selections {
+		l.selections[i] = -1
+	}
 	if broken != nil {
 		d.event("error", "corrupt", broken.Error()+"; the step's rows are lost(corrupt)")
 		// The Cut must come behind e, which is not in the queue yet: the step is over as soon as it is begun.
@@ -284,7 +299,7 @@ func (l *lane) check(r *ring.Record) error {
 	if list == nil {
 		return bad("selection", r.Selection, "the row table has none such")
 	}
-	if before, known := l.selections[r.Site]; known && before != r.Selection {
+	if before := l.selections[r.Site]; before >= 0 && before != int32(r.Selection) {
 		return bad("selection", r.Selection, fmt.Sprintf("the site had %d before", before))
 	}
 	if uint64(r.RowFirst)+uint64(r.Rows) > uint64(list.Count) {
@@ -375,7 +390,7 @@ func (d *Drain) takeCapture(l *lane, e *entry, b *[ring.RecordSize]byte) {
 		return
 	}
 	l.caught++
-	l.selections[r.Site] = r.Selection
+	l.selections[r.Site] = int32(r.Selection)
 	e.none, e.item.Lane, e.item.Step = false, l.ring.Index, l.step
 	offer := r.Flags&ring.RecordOffer != 0
 	if r.Outcome != ring.OutcomeCaptured {

@@ -50,16 +50,16 @@ func newOffering(t *testing.T, o drain.Options) *offering {
 		t.Fatal(err)
 	}
 	o.Manifest, o.Sites = &counted{}, func([]ring.Site) error { return nil }
-	batches := make(chan []drain.Item)
+	batches := make(chan []*drain.Item)
 	x := &offering{t, p, drain.New(r, bell, batches, o), make(chan drain.Item, 1024), make(chan error, 1)}
 	go func() {
 		done := make(chan error, 1)
 		go func() { done <- x.d.Run() }()
 		for batch := range batches {
-			for i := range batch {
-				kept := batch[i]
-				kept.Data = bytes.Clone(batch[i].Data)
-				batch[i].Release()
+			for _, i := range batch {
+				kept := *i
+				kept.Data = bytes.Clone(i.Data)
+				i.Release()
 				x.items <- kept
 			}
 		}

@@ -45,7 +45,7 @@ func engineOf(t *testing.T, p *ringtape.Producer, m *counted) *resumed {
 	if err != nil {
 		t.Fatal(err)
 	}
-	items := make(chan []drain.Item)
+	items := make(chan []*drain.Item)
 	e := &resumed{ended: make(chan error, 1)}
 	e.drain = drain.New(r, bell, items, drain.Options{Manifest: m, Sites: func([]ring.Site) error { return nil }, Resume: append([]uint64(nil), m.records[:]...),
 		Event: func(level, code, message string) { t.Log(level, code, message) }})
@@ -53,10 +53,10 @@ func engineOf(t *testing.T, p *ringtape.Producer, m *counted) *resumed {
 		done := make(chan error, 1)
 		go func() { done <- e.drain.Run() }()
 		for batch := range items {
-			for i := range batch {
-				batch[i].Release()
-				if batch[i].Done != nil {
-					batch[i].Done()
+			for _, i := range batch {
+				i.Release()
+				if i.Done != nil {
+					i.Done()
 				}
 			}
 		}

@@ -14,14 +14,14 @@ import (
 //
 // Only what is sure to be kept, and as it came, can go ahead of its books, and only the first of what a site has in a batch. All else is delivered when it
 // is settled.
-func (p *Pipeline) ahead(batch []drain.Item, i int) int {
+func (p *Pipeline) ahead(batch []*drain.Item, i int) int {
 	lane, step := batch[i].Lane, batch[i].Step
 	p.shown = slices.Grow(p.shown[:0], len(batch))[:len(batch)]
 	clear(p.shown)
 	heard, b := p.options.Live.Heard(), p.books[lane]
 	any, next := false, uint32(0)
 	for ; i < len(batch); i++ {
-		item := &batch[i]
+		item := batch[i]
 		if item.Owner != nil || item.Lane != lane || item.Step != step || item.Kind != drain.Captured && item.Kind != drain.Settled {
 			break
 		}

@@ -68,15 +68,15 @@ func TestSubscribersAreAhead(t *testing.T) {
 	for i := range step.Sites {
 		step.Sites[i] = ring.Site{ID: uint32(i), NDim: 2, Role: [ring.MaxDims]uint8{ring.RoleRow, ring.RoleInner}}
 	}
-	batch := []drain.Item{{Kind: drain.Opened, Step: step}}
+	batch := []*drain.Item{{Kind: drain.Opened, Step: step}}
 	for _, site := range []uint32{0, 2, 1, 2} {
-		batch = append(batch, drain.Item{Kind: drain.Captured, Step: step, Data: make([]byte, 8), Record: ring.Record{Site: site, Rows: 1, Outcome: ring.OutcomeCaptured, PayloadBytes: 8,
+		batch = append(batch, &drain.Item{Kind: drain.Captured, Step: step, Data: make([]byte, 8), Record: ring.Record{Site: site, Rows: 1, Outcome: ring.OutcomeCaptured, PayloadBytes: 8,
 			TensorBytes: 8, DType: ring.DTypeU8, NDim: 2, Size: [ring.MaxDims]uint32{1, 8}, Stride: [ring.MaxDims]uint32{8, 1}, Role: [ring.MaxDims]uint8{ring.RoleRow, ring.RoleInner},
 			Flags: ring.RecordGathered}})
 	}
 	got := &tally{}
-	in := make(chan []drain.Item, 1)
-	in <- append(batch, drain.Item{Kind: drain.Closed, Step: step})
+	in := make(chan []*drain.Item, 1)
+	in <- append(batch, &drain.Item{Kind: drain.Closed, Step: step})
 	close(in)
 	New(Options{Store: got, Live: got}).Run(in)
 	if want := []string{"live 0", "live 2", "store 0", "store 2", "live 1", "store 1"}; !slices.Equal(got.got, want) {

@@ -83,7 +83,7 @@ func New(o Options) *Pipeline {
 }
 
 // Run works until in is closed.
-func (p *Pipeline) Run(in <-chan []drain.Item) {
+func (p *Pipeline) Run(in <-chan []*drain.Item) {
 	for batch := range in {
 		much := bytesOf(batch) >= p.options.ShareBytes && mostWorkers() > 1
 		last := len(batch) - 1
@@ -91,8 +91,7 @@ func (p *Pipeline) Run(in <-chan []drain.Item) {
 			last--
 		}
 		ahead := 0 // items before it were shown, or will not be
-		for i := range batch {
-			item := &batch[i]
+		for i, item := range batch {
 			switch {
 			case item.Owner != nil:
 				p.slicer.last = i == last

@@ -182,7 +182,7 @@ func startRuledEngine(t interface{ Fatal(...any) }, p *ringtape.Producer, s engi
 	if err != nil {
 		t.Fatal(err)
 	}
-	items := make(chan []drain.Item, 4)
+	items := make(chan []*drain.Item, 4)
 	o.Manifest, o.Sites, o.Event = s, func([]ring.Site) error { return nil }, events
 	e := &engine{ring: r, bell: bell, done: make(chan error, 1), t: t}
 	e.drain = drain.New(r, bell, items, o)

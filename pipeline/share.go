@@ -32,7 +32,7 @@ func siteOf(i *drain.Item) uint32 {
 	return i.Record.Site
 }
 
-func bytesOf(batch []drain.Item) int {
+func bytesOf(batch []*drain.Item) int {
 	n := 0
 	for i := range batch {
 		n += len(batch[i].Data)

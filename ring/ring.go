@@ -31,8 +31,8 @@ func over(mem []byte, header Header) (*Ring, error) {
 	r := &Ring{header: header, mem: mem, names: map[string]uint32{}}
 	r.Payload = newTiles("payload", header.PayloadBytes, true, r.control(ControlPayloadTailOffset))
 	r.Spilled = newTiles("spill", header.SpillBytes, false, r.control(ControlSpillTailOffset))
-	if r.Payload.tail%PayloadAlign != 0 || r.Spilled.tail%PayloadAlign != 0 {
-		return nil, fmt.Errorf("ring: control.payload_tail is %d and spill_tail %d: multiples of %d are needed", r.Payload.tail, r.Spilled.tail, PayloadAlign)
+	if payload, spill := r.Payload.tail.Load(), r.Spilled.tail.Load(); payload%PayloadAlign != 0 || spill%PayloadAlign != 0 {
+		return nil, fmt.Errorf("ring: control.payload_tail is %d and spill_tail %d: multiples of %d are needed", payload, spill, PayloadAlign)
 	}
 	r.posted, r.done = atomic.LoadUint64(r.control(ControlCommandsHeadOffset)), atomic.LoadUint64(r.control(ControlCommandsDoneOffset))
 	if r.posted-r.done > uint64(header.CommandCapacity) {

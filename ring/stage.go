@@ -1,6 +1,9 @@
 package ring
 
-import "sync"
+import (
+	"sync"
+	"sync/atomic"
+)
 
 // Stage allocates the staging region, a ring of which leases may come back in any order. Methods are safe for concurrent use.
 type Stage struct {
@@ -11,11 +14,11 @@ type Stage struct {
 	starved    bool
 }
 
-// Lease is a piece of staging in use. It has as many holders as Retain was called, and one more.
+// Lease is a piece of staging in use. It has as many holders as Retain was told of, and one more.
 type Lease struct {
 	stage   *Stage
 	end     uint64
-	holders int
+	holders atomic.Int32
 	At      uint64 // in the staging region
 	Bytes   []byte
 }
@@ -42,31 +45,31 @@ func (s *Stage) Take(bytes uint64) *Lease {
 		}
 		s.tail = start // empty: the place at the end that is too small is in nobody's way
 	}
-	l := &Lease{stage: s, end: start + size, holders: 1, At: start % capacity}
+	l := &Lease{stage: s, end: start + size, At: start % capacity}
+	l.holders.Store(1)
 	l.Bytes = s.mem[l.At : l.At+bytes : l.At+bytes]
 	s.head = l.end
 	s.leases = append(s.leases, l)
 	return l
 }
 
-// Retain adds a holder.
-func (l *Lease) Retain() {
-	l.stage.mu.Lock()
-	l.holders++
-	l.stage.mu.Unlock()
-}
+// Retain adds holders.
+func (l *Lease) Retain(holders int) { l.holders.Add(int32(holders)) }
 
 // Give ends one holder's use. True where somebody waits for room.
 func (l *Lease) Give() bool {
+	left := l.holders.Add(-1)
+	if left < 0 {
+		panic("ring: a lease of staging was given back twice")
+	}
+	if left > 0 {
+		return false
+	}
 	s := l.stage
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	l.holders--
-	if l.holders < 0 {
-		panic("ring: a lease of staging was given back twice")
-	}
 	n := 0
-	for n < len(s.leases) && s.leases[n].holders == 0 {
+	for n < len(s.leases) && s.leases[n].holders.Load() == 0 {
 		s.tail = s.leases[n].end
 		n++
 	}

@@ -20,9 +20,9 @@ type Tiles struct {
 	wraps    bool
 
 	mu   sync.Mutex
-	tail uint64
-	word *uint64 // the producer's view of tail
-	list []tile  // sorted by start, none overlapping, all at or above tail
+	tail atomic.Uint64 // written under mu
+	word *uint64       // the producer's view of tail
+	list []tile        // sorted by start, none overlapping, all at or above tail
 }
 
 type tile struct {
@@ -31,7 +31,9 @@ type tile struct {
 }
 
 func newTiles(name string, capacity uint64, wraps bool, word *uint64) *Tiles {
-	return &Tiles{name: name, capacity: capacity, wraps: wraps, word: word, tail: atomic.LoadUint64(word)}
+	t := &Tiles{name: name, capacity: capacity, wraps: wraps, word: word}
+	t.tail.Store(atomic.LoadUint64(word))
+	return t
 }
 
 func aligned(n uint64) uint64 { return (n + PayloadAlign - 1) / PayloadAlign * PayloadAlign }
@@ -43,13 +45,14 @@ func (t *Tiles) Claim(at, bytes uint64) error {
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	tail := t.tail.Load()
 	switch {
 	case at%PayloadAlign != 0:
 		return fmt.Errorf("ring: record.payload is %d: a multiple of %d is needed", at, PayloadAlign)
 	case bytes > t.capacity:
 		return fmt.Errorf("ring: record.payload_bytes is %d, and the %s ring has %d", bytes, t.name, t.capacity)
-	case at < t.tail || at-t.tail > t.capacity-aligned(bytes):
-		return fmt.Errorf("ring: record.payload is %d: its %d bytes are not within the %d of the %s ring from %d on", at, bytes, t.capacity, t.name, t.tail)
+	case at < tail || at-tail > t.capacity-aligned(bytes):
+		return fmt.Errorf("ring: record.payload is %d: its %d bytes are not within the %d of the %s ring from %d on", at, bytes, t.capacity, t.name, tail)
 	case !t.wraps && at%t.capacity+bytes > t.capacity:
 		return fmt.Errorf("ring: record.payload is %d: its %d bytes cross the end of the %s ring", at, bytes, t.name)
 	case len(t.list) >= maxTiles:
@@ -87,14 +90,15 @@ func (t *Tiles) Free(at, bytes uint64) {
 		panic(fmt.Sprintf("ring: free of %d in the %s ring, which is not claimed", at, t.name))
 	}
 	t.list[i].free = true
-	n := 0
-	for n < len(t.list) && t.list[n].free && t.list[n].start == t.tail {
-		t.tail = t.list[n].end
+	n, tail := 0, t.tail.Load()
+	for n < len(t.list) && t.list[n].free && t.list[n].start == tail {
+		tail = t.list[n].end
 		n++
 	}
 	if n > 0 {
-		t.list = slices.Delete(t.list, 0, n)
-		atomic.StoreUint64(t.word, t.tail) // pairs with every lane's acquire on shortage
+		t.tail.Store(tail)
+		t.list = t.list[n:]              // nothing is moved: there may be a record for each of thousands of sites
+		atomic.StoreUint64(t.word, tail) // pairs with every lane's acquire on shortage
 		return
 	}
 	// Behind a hole: neighbours become one, so that what waits is bounded by the holes.
@@ -109,18 +113,14 @@ func (t *Tiles) Free(at, bytes uint64) {
 }
 
 // Passed reports whether the tail has moved to end or over it.
-func (t *Tiles) Passed(end uint64) bool {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	return t.tail >= end
-}
+func (t *Tiles) Passed(end uint64) bool { return t.tail.Load() >= end }
 
 // Used is the bytes from the tail to the end of the last range known, and the capacity.
 func (t *Tiles) Used() (used, capacity uint64) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if n := len(t.list); n > 0 {
-		used = t.list[n-1].end - t.tail
+		used = t.list[n-1].end - t.tail.Load()
 	}
 	return used, t.capacity
 }
