@@ -52,7 +52,8 @@ func (p *Pipeline) asItCame(b *book, r *ring.Record) bool {
 	if p.rules == nil {
 		return true
 	}
-	return !slices.ContainsFunc(p.rules.verdicts(b, r, r.RowFirst, r.RowFirst+r.Rows), func(v verdict) bool {
+	p.showing.verdicts = p.rules.verdicts(p.showing.verdicts[:0], b, r, r.RowFirst, r.RowFirst+r.Rows)
+	return !slices.ContainsFunc(p.showing.verdicts, func(v verdict) bool {
 		level := levelOf(r, v.level)
 		return v.unwanted || v.level == tensor.Off || level != tensor.Level(r.Level) || level == tensor.Stats && v.level == tensor.Stats && int(v.top) < topOf(r)
 	})

@@ -5,6 +5,7 @@ import (
 	"slices"
 
 	"dmi/drain"
+	"dmi/policy"
 	"dmi/ring"
 	"dmi/tensor"
 )
@@ -95,6 +96,7 @@ func (a *account) push(s settled) {
 // book is the accounts of a lane's open step.
 type book struct {
 	step     *drain.Step
+	plan     *policy.Plan   // that it came under; nil: everything is kept
 	drafts   []tensor.Entry // of end: guesses, whose fate the next step tells
 	accounts []account
 	verdicts map[rowsOf][]verdict // of the policy on the step's rows
@@ -106,7 +108,7 @@ type book struct {
 
 // begin starts a step, with the memory of the one before.
 func (b *book) begin(step *drain.Step) {
-	b.step, b.drafts = step, nil
+	b.step, b.plan, b.drafts = step, nil, nil
 	b.late.begin(0, nil, 0)
 	if b.verdicts == nil {
 		b.verdicts = map[rowsOf][]verdict{}

@@ -109,7 +109,7 @@ func (p *Pipeline) wait(s *slicer, b *book, i *drain.Item) bool {
 	}) {
 		less := func(v verdict) bool { return v.level != tensor.Full && !v.unwanted }
 		if i.Kind != drain.Captured || r.Level != ring.LevelFull || !b.keeps[r.Site].Late || b.step.Rows.Drafts ||
-			!slices.ContainsFunc(p.rules.verdicts(b, r, r.RowFirst, r.RowFirst+r.Rows), less) || b.held.Add(int64(len(i.Data))) > mostHeld {
+			!slices.ContainsFunc(p.rules.verdicts(nil, b, r, r.RowFirst, r.RowFirst+r.Rows), less) || b.held.Add(int64(len(i.Data))) > mostHeld {
 			return false
 		}
 	}

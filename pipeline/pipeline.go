@@ -153,8 +153,9 @@ func (p *Pipeline) take(i *drain.Item) {
 		b.begin(i.Step)
 		if p.rules != nil {
 			p.rules.opened(i.Step)
-			keeps, document := p.rules.keeps(i.Step)
-			b.late.begin(len(i.Step.Sites), keeps, document)
+			if b.plan = p.rules.of(i.Step); b.plan != nil && i.Step.Rows != nil {
+				b.late.begin(len(i.Step.Sites), b.plan.Keeps, b.plan.Document)
+			}
 		}
 	case drain.Closed:
 		if p.close(p.books[i.Lane], i) {
@@ -231,10 +232,11 @@ func (p *Pipeline) settled(b *book, i *drain.Item) {
 func (p *Pipeline) selected(s *slicer, b *book, i *drain.Item, look bool) (done uint32) {
 	r := &i.Record
 	from, to := r.RowFirst, r.RowFirst+r.Rows
-	verdicts := []verdict{{from: from, to: to, level: tensor.Full}}
+	verdicts := append(s.verdicts[:0], verdict{from: from, to: to, level: tensor.Full})
 	if p.rules != nil {
-		verdicts = p.rules.verdicts(b, r, from, to)
+		verdicts = p.rules.verdicts(verdicts[:0], b, r, from, to)
 	}
+	s.verdicts = verdicts
 	if b.by(r.Site) != 0 && r.Level == ring.LevelFull {
 		verdicts, look = p.promoted(s, b, i, verdicts, look)
 	}

@@ -96,15 +96,11 @@ func (s *selector) plan(step *drain.Step) *policy.Plan {
 	return plan
 }
 
-// keeps is what triggers of the step's policy keep, by site, and the revision that brought their document in.
-func (s *selector) keeps(step *drain.Step) ([]policy.Keep, uint64) {
+// of is the plan that a step came under.
+func (s *selector) of(step *drain.Step) *policy.Plan {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	plan := s.plan(step)
-	if plan == nil || step.Rows == nil {
-		return nil, 0
-	}
-	return plan.Keeps, plan.Document
+	return s.plan(step)
 }
 
 // wants reports whether a choice has a site.
@@ -161,25 +157,25 @@ type rowsOf struct {
 	space     uint8
 }
 
-// verdicts gives those on rows [from, to) of a record's site, in order. They are worked out once a step for sites of one class.
-func (s *selector) verdicts(b *book, r *ring.Record, from, to uint32) []verdict {
+// verdicts appends those on rows [from, to) of a record's site, in order, to a list. They are worked out once a step for sites of one class.
+func (s *selector) verdicts(list []verdict, b *book, r *ring.Record, from, to uint32) []verdict {
 	site := r.Site
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	plan := s.plan(b.step)
+	plan := b.plan
 	if plan != nil && int(site) >= len(plan.Of) {
 		plan = nil
 	}
 	if b.step.Rows == nil || plan == nil && !chosen(b.step) {
-		return []verdict{{from: from, to: to, level: tensor.Full}}
+		return append(list, verdict{from: from, to: to, level: tensor.Full})
 	}
 	class := -1 - int(site)
 	if !chosen(b.step) {
 		class = plan.Of[site]
 		if clause, uniform := plan.Classes[class].Uniform(); uniform && clause.Level.Level != tensor.Sampled {
-			return []verdict{{from: from, to: to, level: clause.Level.Level, top: uint8(clause.Level.Top)}}
+			return append(list, verdict{from: from, to: to, level: clause.Level.Level, top: uint8(clause.Level.Top)})
 		}
 	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	space := b.step.Sites[site].Space
 	key := rowsOf{class, r.Selection, space}
 	all, done := b.verdicts[key]
@@ -187,13 +183,12 @@ func (s *selector) verdicts(b *book, r *ring.Record, from, to uint32) []verdict 
 		all = s.work(b.step, plan, int(site), b.step.Rows.List(r.Selection, space))
 		b.verdicts[key] = all
 	}
-	var part []verdict
 	for _, v := range all {
 		if v.to > from && v.from < to {
-			part = append(part, verdict{max(v.from, from), min(v.to, to), v.level, v.top, v.unwanted})
+			list = append(list, verdict{max(v.from, from), min(v.to, to), v.level, v.top, v.unwanted})
 		}
 	}
-	return part
+	return list
 }
 
 func (s *selector) work(step *drain.Step, plan *policy.Plan, site int, list *ring.RowList) (all []verdict) {

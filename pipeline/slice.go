@@ -21,6 +21,8 @@ type slicer struct {
 	memory  []byte         // of their data, where it had to be put together; reused
 	last    bool           // no record follows at once
 	shown   bool           // live subscribers have the record's rows
+	// of the policy on the record's rows; reused
+	verdicts []verdict
 }
 
 const mostMemory = 16 << 20 // bytes that a slicer keeps between records
