@@ -8,10 +8,10 @@ import (
 
 // deliver hands chunks to live subscribers, who wait for nothing, and then to the store. last: no others follow at once, so those who were woken may run before
 // the store and the books have their turn, which would otherwise keep them waiting where there is one processor, and for another to wake where there are more.
-// shown: subscribers have them.
-func (p *Pipeline) deliver(chunks []tensor.Chunk, last, shown bool) error {
+// shown: subscribers have them. It returns how many rows the store took, the first.
+func (p *Pipeline) deliver(chunks []tensor.Chunk, last, shown bool) (rows uint32, err error) {
 	if len(chunks) == 0 {
-		return nil
+		return 0, nil
 	}
 	if p.options.Live != nil && !shown {
 		p.publish(chunks)
@@ -19,17 +19,15 @@ func (p *Pipeline) deliver(chunks []tensor.Chunk, last, shown bool) error {
 			runtime.Gosched()
 		}
 	}
-	taken, bytes := 0, 0
-	var err error
-	for ; taken < len(chunks); taken++ {
-		if err = p.options.Store.AppendChunk(chunks[taken]); err != nil {
-			break
-		}
-		bytes += len(chunks[taken].Data)
+	taken, err := p.options.Store.AppendChunks(chunks)
+	bytes := 0
+	for i := range chunks[:taken] {
+		bytes += len(chunks[i].Data)
+		rows += chunks[i].Rows
 	}
 	p.chunks.Add(uint64(taken)) // once: workers would wait for each other's caches at every row
 	p.bytes.Add(uint64(bytes))
-	return err
+	return rows, err
 }
 
 func (p *Pipeline) publish(chunks []tensor.Chunk) {

@@ -19,9 +19,12 @@ type order struct {
 
 func (o order) Publish(uint32, []tensor.Chunk) { o.published <- struct{}{} }
 func (o order) Heard() bool                    { return true }
-func (o order) AppendChunk(tensor.Chunk) error { o.turns <- "store"; return nil }
-func (o order) Book([]tensor.Entry) error      { return nil }
-func (o order) subscriber()                    { <-o.published; o.turns <- "subscriber" }
+func (o order) AppendChunks(c []tensor.Chunk) (int, error) {
+	o.turns <- "store"
+	return len(c), nil
+}
+func (o order) Book([]tensor.Entry) error { return nil }
+func (o order) subscriber()               { <-o.published; o.turns <- "subscriber" }
 
 // With one processor, who was woken by a chunk that no other follows at once has read it before the store gets it.
 func TestSubscribersRunBeforeTheStore(t *testing.T) {
@@ -33,7 +36,7 @@ func TestSubscribersRunBeforeTheStore(t *testing.T) {
 		p := New(Options{Store: o, Live: o})
 		go o.subscriber()
 		runtime.Gosched() // it waits now
-		if err := p.deliver(make([]tensor.Chunk, 1), true, false); err != nil {
+		if _, err := p.deliver(make([]tensor.Chunk, 1), true, false); err != nil {
 			t.Fatal(err)
 		}
 		if first, _ := <-o.turns, <-o.turns; first != "subscriber" {
@@ -54,9 +57,11 @@ func (t *tally) Publish(_ uint32, chunks []tensor.Chunk) {
 	}
 }
 func (t *tally) Heard() bool { return true }
-func (t *tally) AppendChunk(c tensor.Chunk) error {
-	t.got = append(t.got, fmt.Sprint("store ", c.Site))
-	return nil
+func (t *tally) AppendChunks(chunks []tensor.Chunk) (int, error) {
+	for i := range chunks {
+		t.got = append(t.got, fmt.Sprint("store ", chunks[i].Site))
+	}
+	return len(chunks), nil
 }
 func (t *tally) Book([]tensor.Entry) error { return nil }
 

@@ -29,18 +29,20 @@ type producedSink struct {
 	wrong    []string
 }
 
-func (s *producedSink) AppendChunk(c tensor.Chunk) error {
+func (s *producedSink) AppendChunks(chunks []tensor.Chunk) (int, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	elements := 1
-	for _, d := range c.Shape {
-		elements *= d
+	for _, c := range chunks {
+		elements := 1
+		for _, d := range c.Shape {
+			elements *= d
+		}
+		if len(c.Data) != int(c.Rows)*elements*c.DType.Size() || cap(c.Data) != len(c.Data) || !c.DType.Valid() || c.Rows == 0 {
+			s.wrong = append(s.wrong, "a chunk whose bytes are not its rows")
+		}
+		s.arrived += uint64(c.Rows)
 	}
-	if len(c.Data) != int(c.Rows)*elements*c.DType.Size() || cap(c.Data) != len(c.Data) || !c.DType.Valid() || c.Rows == 0 {
-		s.wrong = append(s.wrong, "a chunk whose bytes are not its rows")
-	}
-	s.arrived += uint64(c.Rows)
-	return nil
+	return len(chunks), nil
 }
 
 func (s *producedSink) Book(entries []tensor.Entry) error {
@@ -227,9 +229,9 @@ type both struct {
 	counted *producedSink
 }
 
-func (b both) AppendChunk(c tensor.Chunk) error {
-	b.counted.AppendChunk(c)
-	return b.sink.AppendChunk(c)
+func (b both) AppendChunks(chunks []tensor.Chunk) (int, error) {
+	b.counted.AppendChunks(chunks)
+	return b.sink.AppendChunks(chunks)
 }
 
 func (b both) Book(e []tensor.Entry) error {

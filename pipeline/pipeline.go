@@ -12,10 +12,10 @@ import (
 	"dmi/tensor"
 )
 
-// Store takes what is kept, and copies it: a chunk's data lies in staging, or in memory that is used again. AppendChunk may block: that is how a slow disk holds up its producers, and nobody else. It is called for several
-// sites at once, never twice for one.
+// Store takes what is kept, and copies it: a chunk's data lies in staging, or in memory that is used again. AppendChunks may block: that is how a slow disk holds up its producers, and nobody else. Its chunks are
+// of one site; it is called for several sites at once, never twice for one. On an error it has taken so many of them, the first.
 type Store interface {
-	AppendChunk(tensor.Chunk) error
+	AppendChunks([]tensor.Chunk) (taken int, err error)
 	Book([]tensor.Entry) error
 }
 
@@ -313,14 +313,14 @@ func (p *Pipeline) keep(s *slicer, b *book, i *drain.Item, from, to uint32, leve
 	r := &i.Record
 	account := &b.accounts[r.Site]
 	// What cannot be sliced or stored gets another fate than what can, so runs are tried before they are booked.
-	var failed []settled
+	var apart []settled
 	account.settle(from, to, fate{tensor.Captured, tensor.ReasonNone, level}, func(from, to uint32) bool {
 		done += to - from
 		chunks, err := s.cut(i.Step, r, i.Data, from, to-from)
 		if err != nil {
 			p.refused.Add(1)
 			p.event("error", "corrupt", err.Error()+"; these rows are lost(corrupt)")
-			failed = append(failed, settled{from, to, fate{tensor.Lost, tensor.Corrupt, tensor.Full}})
+			apart = append(apart, settled{from, to, fate{tensor.Lost, tensor.Corrupt, tensor.Full}})
 			return false
 		}
 		if look { // as they came, before they are reduced
@@ -332,14 +332,14 @@ func (p *Pipeline) keep(s *slicer, b *book, i *drain.Item, from, to uint32, leve
 				chunks[n].Reduce(level, int(top), site.Keyed(), tensor.Fill(site.Fill))
 			}
 		}
-		if err := p.deliver(chunks, s.last, s.shown); err != nil {
-			p.event("error", "store", fmt.Sprintf("step %d, site %q: rows cannot be stored: %v; they are lost(io)", r.Step, i.Step.Sites[r.Site].Text(), err))
-			failed = append(failed, settled{from, to, fate{tensor.Lost, tensor.IO, tensor.Full}})
+		if stored, err := p.deliver(chunks, s.last, s.shown); err != nil {
+			p.event("error", "store", fmt.Sprintf("step %d, site %q: %d of %d rows cannot be stored: %v; they are lost(io)", r.Step, i.Step.Sites[r.Site].Text(), to-from-stored, to-from, err))
+			apart = append(apart, settled{from, from + stored, fate{tensor.Captured, tensor.ReasonNone, level}}, settled{from + stored, to, fate{tensor.Lost, tensor.IO, tensor.Full}})
 			return false
 		}
 		return true
 	})
-	for _, f := range failed {
+	for _, f := range apart {
 		account.settle(f.from, f.to, f.fate, func(uint32, uint32) bool { return true })
 	}
 	return done

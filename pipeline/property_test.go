@@ -2,6 +2,7 @@ package pipeline_test
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"hash/crc32"
 	"math/rand/v2"
@@ -36,10 +37,12 @@ type sink struct {
 	wrong   []string
 	raw     map[int]uint64 // records appended to the manifest, by lane
 	slow    func()
+	refuses func(tensor.Chunk) bool // nil: none
+	refused map[rowKey]bool
 }
 
 func newSink(t *traffic) *sink {
-	return &sink{t: t, rows: map[rowKey]int{}, booked: map[rowKey]fate{}, loose: map[fate]uint64{}, raw: map[int]uint64{}, windows: map[rowKey]int{}}
+	return &sink{t: t, rows: map[rowKey]int{}, booked: map[rowKey]fate{}, loose: map[fate]uint64{}, raw: map[int]uint64{}, windows: map[rowKey]int{}, refused: map[rowKey]bool{}}
 }
 
 func (s *sink) complain(format string, args ...any) {
@@ -48,12 +51,30 @@ func (s *sink) complain(format string, args ...any) {
 	}
 }
 
-func (s *sink) AppendChunk(c tensor.Chunk) error {
+// AppendChunks takes chunks up to the first that it refuses.
+func (s *sink) AppendChunks(chunks []tensor.Chunk) (taken int, err error) {
 	if s.slow != nil {
 		s.slow()
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	for _, c := range chunks {
+		if err == nil && s.refuses != nil && s.refuses(c) {
+			err = errors.New("refused")
+		}
+		if err == nil {
+			s.take(c)
+			taken++
+			continue
+		}
+		for i := range c.Rows {
+			s.refused[rowKey{c.Site, c.Key.Request, c.Attempt, c.First + i}] = true
+		}
+	}
+	return taken, err
+}
+
+func (s *sink) take(c tensor.Chunk) {
 	site := &s.t.sites[c.Site]
 	elements := 1
 	for _, d := range c.Shape {
@@ -62,7 +83,7 @@ func (s *sink) AppendChunk(c tensor.Chunk) error {
 	size := elements * c.DType.Size()
 	if len(c.Data) != int(c.Rows)*size || cap(c.Data) != len(c.Data) || c.DType != site.dtype {
 		s.complain("chunk of site %s: %d rows of %v %v in %d bytes (capacity %d)", site.name, c.Rows, c.Shape, c.DType, len(c.Data), cap(c.Data))
-		return nil
+		return
 	}
 	for i := range c.Rows {
 		k := rowKey{c.Site, c.Key.Request, c.Attempt, c.First + i}
@@ -72,7 +93,6 @@ func (s *sink) AppendChunk(c tensor.Chunk) error {
 			s.complain("%v (%s, %v): got %x, want %x", k, site.name, c.Shape, c.Data[int(i)*size:int(i+1)*size], want)
 		}
 	}
-	return nil
 }
 
 func (s *sink) Book(entries []tensor.Entry) error {
@@ -133,16 +153,18 @@ func (o *echo) Publish(_ uint32, chunks []tensor.Chunk) {
 
 func (o *echo) Heard() bool { return true }
 
-func (o *echo) AppendChunk(c tensor.Chunk) error {
+func (o *echo) AppendChunks(chunks []tensor.Chunk) (int, error) {
 	o.mu.Lock()
-	name := o.name(&c)
-	if o.shown[name] == 0 {
-		o.wrong = "the store was given a chunk that subscribers were not: " + name
-	} else if o.shown[name]--; o.shown[name] == 0 {
-		delete(o.shown, name)
+	for i := range chunks {
+		name := o.name(&chunks[i])
+		if o.shown[name] == 0 {
+			o.wrong = "the store was given a chunk that subscribers were not: " + name
+		} else if o.shown[name]--; o.shown[name] == 0 {
+			delete(o.shown, name)
+		}
 	}
 	o.mu.Unlock()
-	return o.Store.AppendChunk(c)
+	return o.Store.AppendChunks(chunks)
 }
 
 // engine runs drain and pipeline over a producer's ring.
@@ -243,6 +265,9 @@ func TestRandomTrafficAgainstReference(t *testing.T) {
 		if rapid.IntRange(0, 4).Draw(t, "slow") == 0 {
 			s.slow = func() { time.Sleep(20 * time.Microsecond) }
 		}
+		if rapid.IntRange(0, 3).Draw(t, "refuses") == 0 {
+			s.refuses = func(c tensor.Chunk) bool { return (uint64(c.First)+c.Key.Request+uint64(c.Site))%5 == 0 }
+		}
 		var mu sync.Mutex
 		e := startEngine(t, traffic.p, s, func(level, code, message string) {
 			mu.Lock()
@@ -251,6 +276,10 @@ func TestRandomTrafficAgainstReference(t *testing.T) {
 			case "not_fired":
 			case "repeated":
 				repeated = append(repeated, strings.Split(message, `"`)[1])
+			case "store":
+				if s.refuses == nil {
+					events = append(events, code+": "+message)
+				}
 			default:
 				events = append(events, code+": "+message)
 			}
@@ -303,6 +332,11 @@ func TestRandomTrafficAgainstReference(t *testing.T) {
 
 func compare(t interface{ Errorf(string, ...any) }, traffic *traffic, s *sink) {
 	complaints := 0
+	for k := range s.refused {
+		if want, known := traffic.want[k]; known && want.outcome == tensor.Captured {
+			traffic.want[k] = fate{tensor.Lost, tensor.IO}
+		}
+	}
 	for k, want := range traffic.want {
 		if got := s.booked[k]; got != want {
 			if complaints++; complaints < 10 {

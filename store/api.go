@@ -18,7 +18,7 @@ func Formats() map[string]int {
 
 // Options tune a store that is opened for writing. A zero field means its default.
 type Options struct {
-	// BufferMiB bounds the memory of rows that wait to be merged and written (256), however many call AppendChunk: at the bound the oldest are written first, and
+	// BufferMiB bounds the memory of rows that wait to be merged and written (256), however many call AppendChunks: at the bound the oldest are written first, and
 	// it blocks until there is room, before it copies. Only a single chunk that is larger than the bound goes beyond, alone. A quarter as much again is kept to be used
 	// anew, and 32 MiB is on its way to the disk.
 	BufferMiB int
@@ -40,7 +40,7 @@ type Options struct {
 	GroupCommit time.Duration
 	// ManifestMiB is when a manifest file is followed by the next (64).
 	ManifestMiB int
-	// FullDiskWait bounds how long AppendChunk and AppendStep of a session in complete mode wait for a disk that refuses writes (30 s).
+	// FullDiskWait bounds how long AppendChunks and AppendStep of a session in complete mode wait for a disk that refuses writes (30 s).
 	FullDiskWait time.Duration
 	// RetainMiB bounds the bytes of segments, and RetainAge the age of rows: the oldest sealed segments go, whole, so that rows are kept for at least RetainAge and at
 	// most SegmentAge and TidyEvery longer. What goes is booked as expired (0: nothing goes).

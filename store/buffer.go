@@ -93,7 +93,7 @@ func (b *buffer) own(data []byte) []byte {
 }
 
 // add takes in a chunk; own is its copy where it is to have a piece of its own.
-func (b *buffer) add(c *tensor.Chunk, site tensor.Site, at position, now time.Time, own []byte) {
+func (b *buffer) add(c *tensor.Chunk, site *tensor.Site, at position, now time.Time, own []byte) {
 	k := streamKey{c.Key, c.Site}
 	var s *stream
 	if streams := b.byKey[k]; len(streams) > 0 {

@@ -34,7 +34,7 @@ type Store struct {
 	manifest *manifest
 
 	mu           sync.Mutex
-	room         *sync.Cond // AppendChunk waits on it for the buffer to shrink
+	room         *sync.Cond // AppendChunks waits on it for the buffer to shrink
 	logEnd       position   // of the manifest
 	sessions     map[uint32]*sessionState
 	byID         map[string]uint32
@@ -360,39 +360,58 @@ func (s *Store) patient(session uint32) bool {
 	return t != nil && t.Mode == "complete"
 }
 
-// AppendChunk takes a chunk, copying its Data, to be merged with its neighbours and written. Call it before the rows are booked captured. It
-// blocks while the buffer is full. On an error the chunk has not been taken: its rows are to be booked lost(io). That happens while the disk refuses
-// writes and the buffer is full: at once in best-effort mode, after Options.FullDiskWait in complete mode.
-func (s *Store) AppendChunk(c tensor.Chunk) error {
+// AppendChunks takes chunks in their order, copying their Data, to be merged with their neighbours and written. Call it before the rows are booked captured.
+// It blocks while the buffer is full. On an error only the first taken of them have been: the rows of the others are to be booked lost(io). That happens while
+// the disk refuses writes and the buffer is full: at once in best-effort mode, after Options.FullDiskWait in complete mode.
+func (s *Store) AppendChunks(chunks []tensor.Chunk) (taken int, err error) {
 	if s.readOnly {
-		return errors.New("store: append a chunk: opened for reading only")
+		return 0, errors.New("store: append a chunk: opened for reading only")
 	}
-	check := segment.Chunk{Rows: c.Rows, First: c.First, DType: c.DType, Level: c.Level, Shape: c.Shape, Length: int64(len(c.Data))}
-	if err := check.Check(); err != nil {
-		return fmt.Errorf("store: append a chunk of request %d, site %d: %w", c.Key.Request, c.Site, err)
-	}
-	size := needs(len(c.Data))
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	session := s.sessions[c.Key.Session]
-	if session == nil {
-		return fmt.Errorf("store: append a chunk of session %d: %w", c.Key.Session, ErrNotFound)
-	}
-	site, known := session.sites[c.Site]
-	if !known {
-		return fmt.Errorf("store: append a chunk of site %d of session %s: %w", c.Site, session.ID, ErrNotFound)
-	}
-	bound := int64(s.opt.BufferMiB) << 20
-	most := max(size+streamOverhead+pieceOverhead, largestBlock) // that it can take
-	if s.buffer.held > 0 && s.buffer.held+most > bound {
-		defer s.way.hold()()
-	}
-	for !s.closed && s.buffer.held > 0 && s.buffer.held+most > bound {
-		if s.failure != nil && (session.Mode != "complete" || time.Since(s.failing) > s.opt.FullDiskWait) {
-			return fmt.Errorf("store: append a chunk: the buffer of %d MiB is full, and %w", s.opt.BufferMiB, s.failure)
+	now := time.Now()
+	var at place
+	for taken < len(chunks) {
+		if err = s.appendChunk(&chunks[taken], &at, now); err != nil {
+			break
 		}
-		s.poke()
-		s.room.Wait()
+		taken++
+	}
+	if taken > 0 { // once: each of these waits for what the processor has not written to memory yet
+		s.way.came.Store(now.UnixNano())
+		s.arrivals.Add(uint64(taken))
+		if len(s.buffer.ready) > 0 || s.buffer.held > s.bound()*3/4 {
+			s.poke()
+		}
+	}
+	return taken, err
+}
+
+// AppendChunk takes one.
+func (s *Store) AppendChunk(c tensor.Chunk) error {
+	_, err := s.AppendChunks([]tensor.Chunk{c})
+	return err
+}
+
+// place is where a chunk belongs: the last one's, as a rule.
+type place struct {
+	session *sessionState
+	site    tensor.Site
+	total   *siteTotal // nil: not looked up
+}
+
+func (s *Store) appendChunk(c *tensor.Chunk, at *place, now time.Time) error {
+	if err := segment.CheckRows(c.DType, c.Level, c.First, c.Rows, c.Shape, int64(len(c.Data))); err != nil {
+		return fmt.Errorf("store: append a chunk of request %d, site %d: %w", c.Key.Request, c.Site, err)
+	}
+	if at.session == nil || at.session.Number != c.Key.Session || at.site.ID != c.Site {
+		if err := s.find(c, at); err != nil {
+			return err
+		}
+	}
+	size := needs(len(c.Data))
+	if err := s.roomFor(max(size+streamOverhead+pieceOverhead, largestBlock), at.session); err != nil {
+		return err
 	}
 	var own []byte
 	if size > 0 && !s.closed { // room is reserved first: those who wait for it hold none
@@ -404,27 +423,57 @@ func (s *Store) AppendChunk(c tensor.Chunk) error {
 	if s.closed {
 		return fmt.Errorf("store: append a chunk: %w", ErrClosed)
 	}
-	now := time.Now()
 	if s.oldest.IsZero() {
 		s.oldest = now
 	}
-	s.way.came.Store(now.UnixNano())
-	s.buffer.add(&c, site, s.logEnd, now, own)
-	session.busy = true
-	s.arrivals.Add(1)
-	s.count(session, c.Site, c.DType, c.Level, c.Shape, c.Rows, uint64(len(c.Data)))
-	if len(s.buffer.ready) > 0 || s.buffer.held > bound*3/4 {
+	s.buffer.add(c, &at.site, s.logEnd, now, own)
+	at.session.busy = true
+	s.count(at, c.DType, c.Level, c.Shape, c.Rows, uint64(len(c.Data)))
+	return nil
+}
+
+// find looks a chunk's session and site up.
+func (s *Store) find(c *tensor.Chunk, at *place) error {
+	session := s.sessions[c.Key.Session]
+	if session == nil {
+		return fmt.Errorf("store: append a chunk of session %d: %w", c.Key.Session, ErrNotFound)
+	}
+	site, known := session.sites[c.Site]
+	if !known {
+		return fmt.Errorf("store: append a chunk of site %d of session %s: %w", c.Site, session.ID, ErrNotFound)
+	}
+	*at = place{session: session, site: site}
+	return nil
+}
+
+func (s *Store) bound() int64 { return int64(s.opt.BufferMiB) << 20 }
+
+// roomFor waits until the buffer has room for so many bytes more.
+func (s *Store) roomFor(bytes int64, session *sessionState) error {
+	full := func() bool { return !s.closed && s.buffer.held > 0 && s.buffer.held+bytes > s.bound() }
+	if !full() {
+		return nil
+	}
+	defer s.way.hold()()
+	for full() {
+		if s.failure != nil && (session.Mode != "complete" || time.Since(s.failing) > s.opt.FullDiskWait) {
+			return fmt.Errorf("store: append a chunk: the buffer of %d MiB is full, and %w", s.opt.BufferMiB, s.failure)
+		}
 		s.poke()
+		s.room.Wait()
 	}
 	return nil
 }
 
 // count keeps what SiteTotals tells.
-func (s *Store) count(session *sessionState, site uint32, dtype tensor.DType, level tensor.Level, shape []int, rows uint32, bytes uint64) {
-	t := session.totals[site]
+func (s *Store) count(at *place, dtype tensor.DType, level tensor.Level, shape []int, rows uint32, bytes uint64) {
+	t := at.total
 	if t == nil {
-		t = &siteTotal{SiteTotal: SiteTotal{Site: site}}
-		session.totals[site] = t
+		if t = at.session.totals[at.site.ID]; t == nil {
+			t = &siteTotal{SiteTotal: SiteTotal{Site: at.site.ID}}
+			at.session.totals[at.site.ID] = t
+		}
+		at.total = t
 	}
 	if level != tensor.Stats || t.DType == tensor.DTypeNone {
 		t.DType, t.Shape = dtype, shape
@@ -433,7 +482,7 @@ func (s *Store) count(session *sessionState, site uint32, dtype tensor.DType, le
 	t.Bytes += bytes
 	if !t.dirty {
 		t.dirty = true
-		s.dirty.totals[streamKeyOfSite{session.Number, site}] = true
+		s.dirty.totals[streamKeyOfSite{at.session.Number, at.site.ID}] = true
 	}
 }
 

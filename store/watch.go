@@ -79,7 +79,7 @@ func (s *Store) watch() {
 			s.fail(fmt.Errorf("store: %s %s: no answer for %v: %w", t.verb, t.name, time.Since(t.begun).Round(every), ErrStalled))
 		}
 		if s.condition() != nil {
-			s.room.Broadcast() // who waits in AppendChunk looks at the time; a disk that hangs makes no sound
+			s.room.Broadcast() // who waits in AppendChunks looks at the time; a disk that hangs makes no sound
 		}
 		lag := s.durableLag()
 		switch {

@@ -166,10 +166,15 @@ type checksums struct {
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
-func (c *checksums) AppendChunk(chunk tensor.Chunk) error {
-	c.sum.Add(crc32.Checksum(chunk.Data, castagnoli))
-	c.rows.Add(uint64(chunk.Rows))
-	return nil
+func (c *checksums) AppendChunks(chunks []tensor.Chunk) (int, error) {
+	var sum, rows uint32
+	for i := range chunks {
+		sum += crc32.Checksum(chunks[i].Data, castagnoli)
+		rows += chunks[i].Rows
+	}
+	c.sum.Add(sum)
+	c.rows.Add(uint64(rows))
+	return len(chunks), nil
 }
 func (c *checksums) Book([]tensor.Entry) error                  { return nil }
 func (c *checksums) Append(int, uint64, []byte, [][]byte) error { return nil }
@@ -192,12 +197,14 @@ func (k *kept) rows() (n uint64) {
 	return n
 }
 
-func (k *kept) AppendChunk(c tensor.Chunk) error {
-	k.bySite[c.Site].rows += uint64(c.Rows)
-	if !k.tensors {
-		return nil
+func (k *kept) AppendChunks(chunks []tensor.Chunk) (int, error) {
+	for i := range chunks {
+		k.bySite[chunks[i].Site].rows += uint64(chunks[i].Rows)
 	}
-	return k.Store.AppendChunk(c)
+	if !k.tensors {
+		return len(chunks), nil
+	}
+	return k.Store.AppendChunks(chunks)
 }
 
 func (k *kept) Append(lane int, first uint64, records []byte, tables [][]byte) error {

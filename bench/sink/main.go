@@ -66,11 +66,18 @@ type sink struct {
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
-func (s *sink) AppendChunk(c tensor.Chunk) error {
-	s.crc.Add(crc32.Checksum(c.Data, castagnoli))
-	s.rows.Add(uint64(c.Rows))
-	s.bytes.Add(uint64(len(c.Data)))
-	return nil
+func (s *sink) AppendChunks(chunks []tensor.Chunk) (int, error) {
+	var crc, rows uint32
+	bytes := 0
+	for i := range chunks {
+		crc += crc32.Checksum(chunks[i].Data, castagnoli)
+		rows += chunks[i].Rows
+		bytes += len(chunks[i].Data)
+	}
+	s.crc.Add(crc)
+	s.rows.Add(uint64(rows))
+	s.bytes.Add(uint64(bytes))
+	return len(chunks), nil
 }
 
 func run(dir string, gate tensor.Gate) error {

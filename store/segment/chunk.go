@@ -64,24 +64,35 @@ func (c *Chunk) RowBytes() int64 {
 
 // Check reports whether the fields of a chunk fit together.
 func (c *Chunk) Check() error {
-	if !c.DType.Valid() || !c.Level.Valid() {
-		return fmt.Errorf("chunk of dtype %d and level %d", uint8(c.DType), uint8(c.Level))
+	if err := CheckRows(c.DType, c.Level, c.First, c.Rows, c.Shape, c.Length); err != nil {
+		return err
 	}
-	if c.Rows == 0 || uint64(c.First)+uint64(c.Rows) > math.MaxUint32+1 {
-		return fmt.Errorf("chunk of %d rows from %d", c.Rows, c.First)
+	if c.Offset < 0 || c.Offset > math.MaxInt64-c.Length {
+		return fmt.Errorf("chunk of %d bytes at %d", c.Length, c.Offset)
 	}
-	bytes := int64(c.Rows) * int64(c.DType.Size())
-	for _, d := range c.Shape {
+	return nil
+}
+
+// CheckRows reports whether rows of a shape and dtype at a level can be so many bytes.
+func CheckRows(dtype tensor.DType, level tensor.Level, first, rows uint32, shape []int, length int64) error {
+	if !dtype.Valid() || !level.Valid() {
+		return fmt.Errorf("chunk of dtype %d and level %d", uint8(dtype), uint8(level))
+	}
+	if rows == 0 || uint64(first)+uint64(rows) > math.MaxUint32+1 {
+		return fmt.Errorf("chunk of %d rows from %d", rows, first)
+	}
+	bytes := int64(rows) * int64(dtype.Size())
+	for _, d := range shape {
 		if d < 0 || (d > 0 && bytes > math.MaxInt64/int64(d)) {
-			return fmt.Errorf("chunk of row shape %v", c.Shape)
+			return fmt.Errorf("chunk of row shape %v", shape)
 		}
 		bytes *= int64(d)
 	}
-	if c.Level.Quantised() {
-		bytes = int64(c.Rows) * int64(tensor.RowBytes(c.Level, c.DType, c.Shape))
+	if level.Quantised() {
+		bytes = int64(rows) * int64(tensor.RowBytes(level, dtype, shape))
 	}
-	if bytes != c.Length || c.Offset < 0 || c.Offset > math.MaxInt64-c.Length {
-		return fmt.Errorf("chunk of %d bytes at %d, where rows, shape and dtype make %d", c.Length, c.Offset, bytes)
+	if bytes != length {
+		return fmt.Errorf("chunk of %d bytes, where rows, shape and dtype make %d", length, bytes)
 	}
 	return nil
 }
