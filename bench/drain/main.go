@@ -17,6 +17,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"runtime/pprof"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -110,7 +111,10 @@ func run(dir, only string, mib, rounds int, out string) error {
 					continue
 				}
 				n := bytes
-				if sink == "disk" {
+				switch {
+				case l.stats:
+					n = bytes / 16
+				case sink == "disk":
 					n = bytes / 4
 				}
 				rate, cpu, err := drainRate(l, sink, filepath.Join(work, "store"), n)
@@ -371,11 +375,17 @@ func processTime() time.Duration {
 	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
 
-func report(load result.Row, names []string, copies []float64, rates, cpus map[string][]float64, mib, rounds int, out string) error {
+func report(machine result.Row, names []string, copies []float64, rates, cpus map[string][]float64, mib, rounds int, out string) error {
 	base := result.Median(copies) / 1e9
-	rows := []result.Row{load, {Metric: "copy out of a memfd, one thread", Value: base, Unit: "GB/s"}}
+	rows := []result.Row{machine, {Metric: "copy out of a memfd, one thread", Value: base, Unit: "GB/s"}}
 	for _, name := range names {
 		rate, cpu := result.Median(rates[name])/1e9, result.Median(cpus[name])
+		if i := slices.IndexFunc(loads, func(l load) bool { return strings.HasPrefix(name, l.name) }); loads[i].stats {
+			bytes := float64(loads[i].stepBytes()) / float64(loads[i].sites) // of a record
+			rows = append(rows, result.Row{Metric: name, Value: rate * 1e3 / bytes, Unit: "million records/s"},
+				result.Row{Metric: name + ": CPU of the engine", Value: cpu * bytes / 1e3, Unit: "us a record"})
+			continue
+		}
 		engine := result.Row{Metric: name + ": CPU of the engine", Value: cpu, Unit: "s/GB"}
 		switch {
 		case strings.HasSuffix(name, "books"):
