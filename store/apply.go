@@ -28,7 +28,7 @@ func (s *Store) applySessionEnd(e sessionEnd) {
 	if state == nil {
 		return
 	}
-	state.Ended = e.Ended
+	state.Ended, state.came = e.Ended, nil
 	s.dirty.sessions[e.Session] = true
 	s.flight.ended(e.Session)
 	for key := range s.books.open {

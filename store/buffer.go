@@ -92,13 +92,40 @@ func (b *buffer) own(data []byte) []byte {
 	return append(b.memory.take(len(data)), data...)
 }
 
-// add takes in a chunk; own is its copy where it is to have a piece of its own.
-func (b *buffer) add(c *tensor.Chunk, site *tensor.Site, at position, now time.Time, own []byte) {
-	k := streamKey{c.Key, c.Site}
-	var s *stream
-	if streams := b.byKey[k]; len(streams) > 0 {
-		s = streams[len(streams)-1]
+// sequence is the streams that a site's last chunks went to, in their order. The rows of a decoding step are those of the one before a token later, so that its
+// chunks go there as well: to look each of thousands of streams up takes longer than to copy a row of statistics.
+type sequence struct {
+	streams []*stream
+	next    int
+}
+
+// find is the stream that a chunk may go on, if there is one; q is its site's, nil where nobody keeps one.
+func (b *buffer) find(k streamKey, q *sequence) *stream {
+	if q != nil && q.next < len(q.streams) {
+		if s := q.streams[q.next]; s.place != nil && s.streamKey == k {
+			return s
+		}
 	}
+	if streams := b.byKey[k]; len(streams) > 0 {
+		return streams[len(streams)-1]
+	}
+	return nil
+}
+
+// went takes note of the stream that a chunk went to.
+func (q *sequence) went(s *stream) {
+	if q.next < len(q.streams) {
+		q.streams[q.next] = s
+	} else {
+		q.streams = append(q.streams, s)
+	}
+	q.next++
+}
+
+// add takes in a chunk; own is its copy where it is to have a piece of its own.
+func (b *buffer) add(c *tensor.Chunk, site *tensor.Site, q *sequence, at position, now time.Time, own []byte) {
+	k := streamKey{c.Key, c.Site}
+	s := b.find(k, q)
 	if s != nil && s.place != nil && !s.takes(c) {
 		b.close(s)
 	}
@@ -108,6 +135,9 @@ func (b *buffer) add(c *tensor.Chunk, site *tensor.Site, at position, now time.T
 		s.place = b.waiting.PushBack(s)
 		b.byKey[k] = append(b.byKey[k], s)
 		b.held += streamOverhead
+	}
+	if q != nil {
+		q.went(s)
 	}
 	if own == nil {
 		b.join(s, c)
@@ -224,6 +254,9 @@ func (b *buffer) written(s *stream) {
 			b.memory.give(p.data)
 			p.data = nil
 		}
+	}
+	if !s.shared {
+		s.pieces = nil // a sequence may still name s
 	}
 }
 

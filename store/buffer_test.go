@@ -47,7 +47,7 @@ func TestBufferKeepsWhatItWasGiven(t *testing.T) {
 					b.held += size
 					own = b.own(c.Data)
 				}
-				b.add(&c, &tensor.Site{}, position{}, time.Unix(int64(step), 0), own)
+				b.add(&c, &tensor.Site{}, nil, position{}, time.Unix(int64(step), 0), own)
 				streams := b.byKey[streamKey{c.Key, c.Site}]
 				s := streams[len(streams)-1]
 				given[s] = append(given[s], c.Data...)

@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 	"time"
 
@@ -121,13 +122,11 @@ func (l *load) forward(requests ...uint64) error {
 		}
 	}
 	var refused error
-	for _, s := range spans {
-		for site := range l.sites {
-			if err := l.capture(uint32(site), s); errors.Is(err, errRefused) {
-				refused = err
-			} else if err != nil {
-				return err
-			}
+	for site := range l.sites {
+		if err := l.capture(uint32(site), spans); errors.Is(err, errRefused) {
+			refused = err
+		} else if err != nil {
+			return err
 		}
 	}
 	return refused
@@ -135,50 +134,72 @@ func (l *load) forward(requests ...uint64) error {
 
 var errRefused = errors.New("a chunk was refused, and is on the books as lost")
 
-func (l *load) capture(site uint32, s ring.Span) error {
-	e := tensor.Entry{Key: l.key(s.Request), Sites: []uint32{site}, First: s.Position, Count: s.Count, Stride: 1, Step: l.step, Outcome: tensor.Captured}
-	if l.random.IntN(10) == 0 {
-		e.Outcome, e.Reason = tensor.Dropped, tensor.RingFull
-	} else {
-		c := tensor.Chunk{Key: e.Key, Site: site, First: s.Position, Rows: s.Count, Step: l.step, LastStep: l.step, DType: l.dtypes[site], Shape: l.shapes[site]}
-		if l.sites[site].Keyed {
-			c.Shape = []int{l.shapes[site][0], int(s.Position + s.Count)}
-		}
-		size := c.DType.Size()
-		for _, d := range c.Shape {
-			size *= d
-		}
-		c.Data = make([]byte, size*int(s.Count))
-		for i := range c.Data {
-			c.Data[i] = byte(l.random.Uint32())
-		}
-		for i := range s.Count { // what of a keyed row lies past its own keys is fill already
-			position := s.Position + i
-			data := c.Data[int(i)*size : int(i+1)*size]
-			keys := 0
-			if l.sites[site].Keyed {
-				keys = c.Shape[1]
-				for head := range c.Shape[0] {
-					from := (head*keys + int(position) + 1) * c.DType.Size()
-					l.sites[site].Fill.Over(data[from:(head+1)*keys*c.DType.Size()], c.DType)
-				}
-			}
-			l.rows[rowKey{s.Request, site, 0, position}] = row{bytes.Clone(data), keys}
-		}
-		if err := l.store.AppendChunk(c); err != nil {
-			for i := range s.Count {
-				delete(l.rows, rowKey{s.Request, site, 0, s.Position + i})
-			}
-			e.Outcome, e.Reason = tensor.Lost, tensor.IO
-			return cmp.Or(l.book(e), fmt.Errorf("%w: %w", errRefused, err))
-		}
-		clear(c.Data) // it is ours again
+// capture gives the rows of a step at a site, those of several requests at once, in an order that may be another than the last.
+func (l *load) capture(site uint32, spans []ring.Span) error {
+	var entries []tensor.Entry
+	var chunks []tensor.Chunk
+	if l.random.IntN(4) == 0 {
+		spans = slices.Clone(spans)
+		l.random.Shuffle(len(spans), func(i, j int) { spans[i], spans[j] = spans[j], spans[i] })
 	}
-	return l.book(e)
+	for _, s := range spans {
+		if l.random.IntN(10) == 0 {
+			entries = append(entries, l.entry(site, s, tensor.Dropped, tensor.RingFull))
+		} else {
+			chunks = append(chunks, l.chunk(site, s))
+		}
+	}
+	taken, err := l.store.AppendChunks(chunks)
+	if err != nil {
+		err = fmt.Errorf("%w: %w", errRefused, err)
+	}
+	for i, c := range chunks {
+		s := ring.Span{Request: c.Key.Request, Position: c.First, Count: c.Rows}
+		if i < taken {
+			entries = append(entries, l.entry(site, s, tensor.Captured, tensor.ReasonNone))
+			clear(c.Data) // it is ours again
+			continue
+		}
+		entries = append(entries, l.entry(site, s, tensor.Lost, tensor.IO))
+		for n := range c.Rows {
+			delete(l.rows, rowKey{s.Request, site, 0, s.Position + n})
+		}
+	}
+	return cmp.Or(l.try(func() error { return l.store.Book(entries) }), err)
 }
 
-func (l *load) book(e tensor.Entry) error {
-	return l.try(func() error { return l.store.Book([]tensor.Entry{e}) })
+func (l *load) entry(site uint32, s ring.Span, outcome tensor.Outcome, reason tensor.Reason) tensor.Entry {
+	return tensor.Entry{Key: l.key(s.Request), Sites: []uint32{site}, First: s.Position, Count: s.Count, Stride: 1, Step: l.step, Outcome: outcome, Reason: reason}
+}
+
+// chunk makes one of random rows, which are remembered.
+func (l *load) chunk(site uint32, s ring.Span) tensor.Chunk {
+	c := tensor.Chunk{Key: l.key(s.Request), Site: site, First: s.Position, Rows: s.Count, Step: l.step, LastStep: l.step, DType: l.dtypes[site], Shape: l.shapes[site]}
+	if l.sites[site].Keyed {
+		c.Shape = []int{l.shapes[site][0], int(s.Position + s.Count)}
+	}
+	size := c.DType.Size()
+	for _, d := range c.Shape {
+		size *= d
+	}
+	c.Data = make([]byte, size*int(s.Count))
+	for i := range c.Data {
+		c.Data[i] = byte(l.random.Uint32())
+	}
+	for i := range s.Count { // what of a keyed row lies past its own keys is fill already
+		position := s.Position + i
+		data := c.Data[int(i)*size : int(i+1)*size]
+		keys := 0
+		if l.sites[site].Keyed {
+			keys = c.Shape[1]
+			for head := range c.Shape[0] {
+				from := (head*keys + int(position) + 1) * c.DType.Size()
+				l.sites[site].Fill.Over(data[from:(head+1)*keys*c.DType.Size()], c.DType)
+			}
+		}
+		l.rows[rowKey{s.Request, site, 0, position}] = row{bytes.Clone(data), keys}
+	}
+	return c
 }
 
 func (l *load) try(do func() error) error {

@@ -93,7 +93,7 @@ func TestSecondOfTwoSegmentsFails(t *testing.T) {
 	s.mu.Lock()                                   // both are to be found by one flush
 	for i, c := range []*tensor.Chunk{&one, &two} {
 		s.buffer.held += needs(len(c.Data))
-		s.buffer.add(c, &sites[i], s.logEnd, time.Now(), s.buffer.own(c.Data))
+		s.buffer.add(c, &sites[i], nil, s.logEnd, time.Now(), s.buffer.own(c.Data))
 	}
 	s.mu.Unlock()
 	if err := s.Barrier(t.Context()); !errors.Is(err, ErrDevice) {

@@ -111,7 +111,8 @@ type sessionState struct {
 	sites    map[uint32]tensor.Site
 	optional []uint32 // ascending
 	totals   map[uint32]*siteTotal
-	busy     bool // rows of it came since the store was opened: more may
+	came     map[uint32]*sequence // by site; none once the session has ended
+	busy     bool                 // rows of it came since the store was opened: more may
 }
 
 type siteTotal struct {
@@ -398,6 +399,7 @@ type place struct {
 	session *sessionState
 	site    tensor.Site
 	total   *siteTotal // nil: not looked up
+	came    *sequence
 }
 
 func (s *Store) appendChunk(c *tensor.Chunk, at *place, now time.Time) error {
@@ -426,7 +428,7 @@ func (s *Store) appendChunk(c *tensor.Chunk, at *place, now time.Time) error {
 	if s.oldest.IsZero() {
 		s.oldest = now
 	}
-	s.buffer.add(c, &at.site, s.logEnd, now, own)
+	s.buffer.add(c, &at.site, at.came, s.logEnd, now, own)
 	at.session.busy = true
 	s.count(at, c.DType, c.Level, c.Shape, c.Rows, uint64(len(c.Data)))
 	return nil
@@ -442,7 +444,17 @@ func (s *Store) find(c *tensor.Chunk, at *place) error {
 	if !known {
 		return fmt.Errorf("store: append a chunk of site %d of session %s: %w", c.Site, session.ID, ErrNotFound)
 	}
-	*at = place{session: session, site: site}
+	*at = place{session: session, site: site, came: session.came[c.Site]}
+	if at.came == nil && session.Ended.IsZero() {
+		if session.came == nil {
+			session.came = map[uint32]*sequence{}
+		}
+		at.came = new(sequence)
+		session.came[c.Site] = at.came
+	}
+	if at.came != nil {
+		at.came.next = 0
+	}
 	return nil
 }
 
