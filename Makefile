@@ -3,6 +3,7 @@
 # make test   set everything up, then run every test of every language
 # make soak   the tests that take chance, in full, and long fuzzing: half a day; SOAK=0.1 FUZZ=1000 does a part
 # make wheel  dist/*.whl: library, engine and Python package for any Python; with CUDA, and for the CPU alone
+# make pack-vllm   build/pack-vllm: vLLM, small enough to be carried to a GPU machine that reaches no network
 # make gpu-test, gpu-bench, gpu-bench-vllm, gpu-attribution   on a machine with an NVIDIA GPU, with the torch of $(GPU_PYTHON) and a wheel of dist/
 # make bench  redo the measurements in bench/results/
 # A second run reuses what the first installed.
@@ -39,7 +40,7 @@ NATIVE_SOURCES := $(shell find cuda abi -name '*.h' -o -name '*.cpp' -o -name '*
 NATIVE         := python/src/dmi/lib/libdmi.so
 BUILT          := $(NATIVE) bin/dmi
 
-.PHONY: help setup page demo demo-vllm test lint vuln test-abi test-go test-native test-python test-newest test-vllm test-page test-alerts test-fuzz fuzz soak bench wheel gpu-site gpu-programs gpu-test gpu-all gpu-bench gpu-bench-vllm gpu-attribution clean
+.PHONY: help setup page demo demo-vllm test lint vuln test-abi test-go test-native test-python test-newest test-vllm test-page test-alerts test-fuzz fuzz soak bench wheel pack-vllm gpu-site gpu-programs gpu-test gpu-all gpu-bench gpu-bench-vllm gpu-attribution clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -297,7 +298,12 @@ gpu-bench: gpu-site gpu-programs
 	$(ON_GPU) bench/gpu_seed.py --save bench/results
 	$(ON_GPU) bench/gpu_drain.py --save bench/results
 
-# vLLM is put beside it, not into it: VLLM_SITE is a folder with vLLM and what it needs, where $(GPU_PYTHON) has none itself. Neither needs the network; both end within
+# vLLM for the GPU, of 16 MB at most: carry the files of build/pack-vllm, and there `eval "$(python3 unpack.py DIR)"`.
+pack-vllm: $(VENV)/.installed
+	$(call say,vLLM packed into build/pack-vllm (two minutes, once its 330 MB are here))
+	$(PY) bench/pack_vllm.py
+
+# vLLM is put beside it, not into it: VLLM_SITE is a folder with vLLM and what it needs (pack-vllm's DIR), where $(GPU_PYTHON) has none itself. Neither needs the network; both end within
 # GPU_MINUTES, and the same command goes on where they stopped.
 VLLM_SITE ?=
 GPU_BESIDE ?= 3# variants whose engines are started at once: the GPU has 25 GiB for each, and for one that nobody observes
