@@ -298,12 +298,12 @@ gpu-bench: gpu-site gpu-programs
 	$(ON_GPU) bench/gpu_seed.py --save bench/results
 	$(ON_GPU) bench/gpu_drain.py --save bench/results
 
-# vLLM for the GPU, of 16 MB at most: carry the files of build/pack-vllm, and there `eval "$(python3 unpack.py DIR)"`.
+# vLLM for the GPU, and its peers, in 16 MB: carry the files of build/pack-vllm, and there `eval "$(python3 unpack.py DIR)"`.
 pack-vllm: $(VENV)/.installed
 	$(call say,vLLM packed into build/pack-vllm (two minutes, once its 330 MB are here))
 	$(PY) bench/pack_vllm.py
 
-# vLLM is put beside it, not into it: VLLM_SITE is a folder with vLLM and what it needs (pack-vllm's DIR), where $(GPU_PYTHON) has none itself. Neither needs the network; both end within
+# vLLM is put beside it, not into it: VLLM_SITE is a folder with vLLM and what it needs (pack-vllm's DIR, or DIR:DIR/peers), where $(GPU_PYTHON) has none itself. Neither needs the network; both end within
 # GPU_MINUTES, and the same command goes on where they stopped.
 VLLM_SITE ?=
 GPU_BESIDE ?= 3# variants whose engines are started at once: the GPU has 25 GiB for each, and for one that nobody observes

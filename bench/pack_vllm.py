@@ -4,10 +4,12 @@
     python bench/pack_vllm.py [--to build/pack-vllm] [--python python3.12]     (`make pack-vllm`)
 
 vLLM's wheel is 280 MB, because its libraries hold kernels for every GPU, dtype and kind of model; this makes some 13 MB of it, for `LLM`, `AsyncLLM` and `vllm serve` of
-dense models in bfloat16. It writes vllm.tar.xz, serve.tar.xz (what only `vllm serve` needs), unpack.py and smoke.py; on the machine, with all of them in one folder:
+dense models in bfloat16. It writes vllm.tar.xz, serve.tar.xz (what only `vllm serve` needs), peers.tar.xz (what bench/gpu_vllm.py compares with: in a folder of its own, because
+every engine would load their plugins), unpack.py and smoke.py; on the machine, with those that are wanted in one folder:
 
     eval "$(python3 unpack.py /tmp/vllm)"      # and there is vLLM: PYTHONPATH, PATH and what it needs to be told
     python3 smoke.py                           # LLM, AsyncLLM and `vllm serve` of a tiny model with random weights
+    make gpu-bench-vllm VLLM_SITE=/tmp/vllm:/tmp/vllm/peers
 
 What is left out, and why:
 
@@ -15,7 +17,8 @@ libraries    those of LEFT_OUT: whole kinds of models and of GPUs that are not s
 kernels      in the libraries that stay, all but those of KEPT, and of these all but the image for sm_90. One that is missing is reported by CUDA when it is launched, as
              "no kernel image is available": head sizes over 128 and 65 to 96, float16, quantised models, mixtures of experts, state space models.
 packages     xgrammar, llguidance, openai_harmony and watchfiles are imported at start, and used for structured output, gpt-oss and the renewal of certificates alone: a module
-             stands for each that has any name, and raises when one is called. What vLLM imports on demand alone is not there (mistral_common, compressed_tensors ...).
+             stands for each that has any name, and raises when one is called; so for the datasets of transformer_lens. What vLLM imports on demand alone is not there
+             (mistral_common, compressed_tensors ...).
 
 A kernel's images lie in a "fatbin": a header (magic, version, size) and one image after another, each with a header of its own. Those kept are moved to its front,
 its size is shortened, and the rest is zeros, which compress to nothing: so no address in the library changes. A fatbin that would be empty, which CUDA refuses, gets
@@ -68,12 +71,17 @@ LEFT_OUT = {
     "vllm/_qutlass_C.abi3.so": "weights of 4 bits on Blackwell",
     "vllm/entrypoints/serve/instrumentator/static": "the server's documentation page",
     "bin": "programs of the packages: vllm's own is written anew",
+    "peers/bin": "the same",
+    "peers/zstandard/backend_cffi.py": "the second of two ways into the same library",
+    "peers/zstandard/_cffi.cpython-312-x86_64-linux-gnu.so": "the same",
 }
-STAND_INS = ("llguidance", "openai_harmony", "watchfiles", "xgrammar")
+STAND_INS = ("llguidance", "openai_harmony", "watchfiles", "xgrammar",
+             "peers/datasets", "peers/datasets/arrow_dataset", "peers/datasets/iterable_dataset", "peers/datasets/load")  # fmt: skip
 SERVE = ("fastapi", "jmespath", "model_hosting_container_standards", "multipart", "partial_json_parser", "prometheus_fastapi_instrumentator", "python_multipart", "starlette",
          "uvicorn", "watchfiles")  # fmt: skip
-MACHINE = ("torch==2.11.0", "torchvision==0.26.0", "transformers==5.17.0", "accelerate", "aiohttp", "cloudpickle", "einops", "httpx", "numba", "opencv-python-headless",
-           "prometheus-client", "psutil", "py-cpuinfo", "pillow", "protobuf", "pyarrow", "requests", "sentencepiece", "six", "tiktoken", "uvloop")  # fmt: skip
+MACHINE = ("torch==2.11.0", "torchvision==0.26.0", "transformers==5.17.0", "accelerate", "aiohttp", "cloudpickle", "einops", "httpx", "jaxtyping", "numba",
+           "opencv-python-headless", "pandas", "prometheus-client", "psutil", "py-cpuinfo", "pillow", "protobuf", "pyarrow", "requests", "sentencepiece", "six", "tiktoken",
+           "uvloop")  # fmt: skip
 """What the pack leaves to the machine."""
 PULLED_IN = ("annotated-types", "pydantic", "pydantic-core", "typing-inspection")
 """What comes with those from the registry, and the machine lacks."""
@@ -331,7 +339,7 @@ def install(requirements: str, folder: Path) -> None:
 
 def archive(path: Path, folder: Path, names: Sequence[str]) -> float:
     """MB. The same bytes from the same files."""
-    files = sorted((file for name in names for file in (folder / name).rglob("*") if file.is_file()), key=lambda file: (file.suffix, file))
+    files = sorted((file for name in names for file in (folder / name).rglob("*") if file.is_file() and file.name != ".lock"), key=lambda file: (file.suffix, file))
     total, done, said, begun = sum(file.stat().st_size for file in files), 0, 0.0, time.monotonic()
     with lzma.open(path, "wb", preset=9 | lzma.PRESET_EXTREME) as compressed, tarfile.open(fileobj=compressed, mode="w") as tar:
         for file in files:
@@ -356,26 +364,29 @@ def pack(to: Path, python: str | None) -> None:
         old.unlink()
     print("installing requirements/vllm-gpu.txt (330 MB the first time)", flush=True)
     install("vllm-gpu.txt", site)
+    install("vllm-peers.txt", site / "peers")
     for name in LEFT_OUT:
         left = site / name
         if not left.exists():
             raise SystemExit(f"pack vLLM: there is no {name} to leave out: another version of vLLM, whose parts are others? Look at LEFT_OUT, KEPT and STAND_INS")
         shutil.rmtree(left) if left.is_dir() else left.unlink()
-    for record in site.glob("*.dist-info/RECORD"):
+    for record in site.rglob("*.dist-info/RECORD"):
         record.unlink()
+    run("strip", *(site / "peers" / "zstandard").glob("*.so"))  # 11 MB of 12
     for name in STAND_INS:
         (site / name).mkdir()
         (site / name / "__init__.py").write_text(STAND_IN)
-    fillers = [image for fatbin in fatbins((site / min(KEPT)).read_bytes()) for image in fatbin.images if image.capability == OTHER]
+    fillers = [image for fatbin in fatbins((site / next(iter(KEPT))).read_bytes()) for image in fatbin.images if image.capability == OTHER]
     for library, kept in KEPT.items():
         shrink(site / library, kept, min(fillers, key=lambda image: len(image.data)))
     (site / "bin").mkdir()
     program = site / "bin" / "vllm"
     program.write_text("#!/usr/bin/env python3\nfrom vllm.entrypoints.cli.main import main\n\nmain()\n")
     program.chmod(0o755)
-    names = sorted(path.name for path in site.iterdir() if path.is_dir() and path.name != "__pycache__")
+    names = sorted(path.name for path in site.iterdir() if path.is_dir() and path.name not in ("__pycache__", "peers"))
     serve = [name for name in names if re.sub(r"-[\d.].*", "", name) in SERVE]
-    size = archive(to / "vllm.tar.xz", site, [name for name in names if name not in serve]) + archive(to / "serve.tar.xz", site, serve)
+    parts = {"vllm": [name for name in names if name not in serve], "serve": serve, "peers": ["peers"]}
+    size = sum(archive(to / f"{name}.tar.xz", site, folders) for name, folders in parts.items())
     (to / "unpack.py").write_text(UNPACK)
     (to / "smoke.py").write_text(SMOKE)
     if size > LIMIT_MB:
@@ -393,13 +404,14 @@ def check(to: Path, python: str | None) -> None:
         print("NOT CHECKED: that the pack can be imported. It needs gcc and a Python 3.12 (--python)", flush=True)
         return
     venv, unpacked = to / "venv", to / "unpacked"
-    if not (venv / "made").exists():
+    made, what = venv / "made", "\n".join(MACHINE)
+    if not made.exists() or made.read_text() != what:
         print("an environment like the machine's, to import the pack in (3 GB the first time)", flush=True)
         shutil.rmtree(venv, ignore_errors=True)
         run(python, "-m", "venv", venv)
         run(sys.executable, "-m", "uv", "pip", "install", "--python", venv / "bin" / "python", *MACHINE)
         run(sys.executable, "-m", "uv", "pip", "uninstall", "--python", venv / "bin" / "python", *PULLED_IN)
-        (venv / "made").touch()
+        made.write_text(what)
     shutil.rmtree(unpacked, ignore_errors=True)
     run(venv / "bin" / "python", to / "unpack.py", unpacked)
     driver = to / "driver" / "libcuda.so.1"
@@ -407,8 +419,8 @@ def check(to: Path, python: str | None) -> None:
     asked = subprocess.run(["nm", "-D", "--undefined-only", *unpacked.glob("vllm/**/*.so")], capture_output=True, text=True, check=True).stdout
     source = "".join(f"int {name}(void) {{ return 100; }}\n" for name in sorted({*re.findall(r" U (cu[A-Z]\w*)$", asked, re.MULTILINE), "cuInit"}))
     subprocess.run(["gcc", "-shared", "-fPIC", "-w", "-x", "c", "-", "-o", driver], input=source, text=True, check=True)
-    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(unpacked), "LD_LIBRARY_PATH": str(driver.parent), "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
-                   "HOME": str(venv)}  # fmt: skip
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": f"{unpacked}:{unpacked}/peers", "LD_LIBRARY_PATH": str(driver.parent), "HF_HUB_OFFLINE": "1",
+                   "VLLM_NO_USAGE_STATS": "1", "HOME": str(venv)}  # fmt: skip
     done = subprocess.run([venv / "bin" / "python", __file__, "--import"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, cwd=to)
     if done.returncode:
         raise SystemExit(f"pack vLLM: what was packed cannot be imported by {venv}/bin/python:\n{done.stdout[-3000:]}")
@@ -440,7 +452,8 @@ def imported() -> None:
     modules = """vllm.entrypoints.llm vllm.v1.engine.async_llm vllm.v1.engine.core vllm.v1.worker.gpu_worker vllm.v1.worker.gpu_model_runner vllm.v1.worker.gpu.model_runner
         vllm.v1.attention.backends.flash_attn vllm.v1.attention.backends.triton_attn vllm.model_executor.models.llama vllm.model_executor.models.gpt2 vllm.compilation.backends
         vllm.v1.executor.uniproc_executor vllm.v1.executor.multiproc_executor vllm.v1.core.sched.async_scheduler vllm.v1.spec_decode.ngram_proposer vllm.device_allocator.cumem
-        vllm.distributed.kv_transfer.kv_connector.v1.example_hidden_states_connector vllm.vllm_flash_attn vllm.entrypoints.cli.main vllm.entrypoints.cli.serve""".split()
+        vllm.distributed.kv_transfer.kv_connector.v1.example_hidden_states_connector vllm.vllm_flash_attn vllm.entrypoints.cli.main vllm.entrypoints.cli.serve
+        transformer_lens.model_bridge.sources.vllm transformer_lens.model_bridge.sources.vllm.worker_extension vllm_lens._activations_plugin vllm_lens._worker_ext""".split()
     for module in modules:
         importlib.import_module(module)
     for library, names in ops.items():
