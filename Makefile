@@ -40,7 +40,7 @@ NATIVE_SOURCES := $(shell find cuda abi -name '*.h' -o -name '*.cpp' -o -name '*
 NATIVE         := python/src/dmi/lib/libdmi.so
 BUILT          := $(NATIVE) bin/dmi
 
-.PHONY: help setup page demo demo-vllm test lint vuln test-abi test-go test-native test-python test-newest test-vllm test-page test-alerts test-fuzz fuzz soak bench wheel pack-vllm gpu-site gpu-programs gpu-test gpu-all gpu-bench gpu-bench-vllm gpu-attribution clean
+.PHONY: help setup page demo demo-vllm test lint vuln test-abi test-go test-native test-python test-newest test-vllm test-page test-alerts test-fuzz fuzz soak bench wheel pack-vllm gpu-site gpu-programs gpu-carry gpu-test gpu-all gpu-bench gpu-bench-vllm gpu-attribution clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -273,6 +273,21 @@ gpu-site:
 	@ls dist/dmi-*.whl 2>/dev/null | grep -qv +cpu || $(MAKE) --no-print-directory wheel
 	rm -rf $(GPU_SITE)
 	$(GPU_PYTHON) -m pip install --quiet --no-deps --no-index --target $(GPU_SITE) $$(ls dist/dmi-*.whl | grep -v +cpu)
+
+# What a machine with a GPU, but without a network or Go, needs of us, in 33 MB: copy the tree with build/carry, and begin each shell there with
+# `. build/carry/setup.sh`. bin/gpu and bin/gpu-alone have the native tests then.
+CARRY_ARCHS ?= 90
+gpu-carry:
+	rm -rf build/carry dist $(addprefix bin/,bench-sink bench-live dmi-slowdisk)
+	@$(MAKE) --no-print-directory wheel DMI_CUDA_ARCHS=$(CARRY_ARCHS)
+	@$(MAKE) --no-print-directory gpu-programs
+	DMI_CUDA_ARCHS=$(CARRY_ARCHS) $(PY) cuda/build.py --gpu-build bin
+	mkdir -p build/carry
+	cp $$(ls dist/dmi-*.whl | grep -v +cpu) bench/setup.sh build/carry
+	$(call say,programs packed: a minute)
+	tar -C bin -cf - bench-live bench-sink dmi-slowdisk gpu gpu-alone | xz -9 >build/carry/programs.tar.xz
+	echo "export DMI_FIGURES_COMMIT=$$(git rev-parse HEAD) DMI_CUDA_ARCHS=$(CARRY_ARCHS)" >build/carry/of
+	du -sh build/carry
 
 gpu-test: gpu-site
 	$(call say,tests on $$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1))

@@ -243,6 +243,17 @@ def build_gpu_tests(kind: str = "gpu", flags: Sequence[str] = ()) -> list[Path]:
     return programs
 
 
+ALONE = ("gpu-alone", ["-DDMI_WARPS_ALONE"])
+"""For racecheck: see sanitize_on_gpu."""
+
+
+def carry_gpu_tests(to: Path) -> None:
+    for name, programs in (("gpu", build_gpu_tests()), ("gpu-alone", build_gpu_tests(*ALONE))):
+        (to / name).mkdir(parents=True, exist_ok=True)
+        for program in programs:
+            run(["strip", str(program), "-o", str(to / name / program.name)])
+
+
 def test_on_gpu() -> None:
     for program in build_gpu_tests():
         run([str(program)])
@@ -260,7 +271,7 @@ def sanitize_on_gpu() -> None:
         raise SystemExit("check with compute-sanitizer: it is not installed (it comes with the CUDA toolkit)")
     # Racecheck does not follow barriers that some of a block's warps have for themselves: it calls what the whole block's barriers divide a race. Without teams of warps
     # there are none; theirs are synccheck's, and thread sanitizer's where threads run the kernels.
-    alone = build_gpu_tests("gpu-alone", ["-DDMI_WARPS_ALONE"])
+    alone = build_gpu_tests(*ALONE)
     for tool in ("memcheck", "racecheck", "synccheck"):
         for program in alone if tool == "racecheck" else programs:
             print(f"compute-sanitizer --tool {tool} {program.name}", flush=True)
@@ -272,6 +283,7 @@ def main() -> None:
     parser.add_argument("--test", action="store_true", help="build and run the native tests instead")
     parser.add_argument("--full", action="store_true", help="with --test: ten times as many random steps, and more under the sanitizers")
     parser.add_argument("--gpu-test", action="store_true", help="build the native tests for a GPU and run them")
+    parser.add_argument("--gpu-build", type=Path, metavar="DIR", help="build the native tests for a GPU, and those for racecheck, into DIR/gpu and DIR/gpu-alone")
     parser.add_argument("--gpu-soak", action="store_true", help="run 10^8 records of random traffic on a GPU")
     parser.add_argument("--gpu-sanitize", action="store_true", help="run the native tests on a GPU under compute-sanitizer")
     parser.add_argument("--cpu", action="store_true", help="build without CUDA")
@@ -281,6 +293,8 @@ def main() -> None:
         test(arguments.full)
     elif arguments.gpu_test:
         test_on_gpu()
+    elif arguments.gpu_build:
+        carry_gpu_tests(arguments.gpu_build)
     elif arguments.gpu_soak:
         soak_on_gpu()
     elif arguments.gpu_sanitize:
