@@ -7,20 +7,21 @@ A Qwen3-4B-shaped model decodes in a CUDA graph, 37 sites observed, by the real 
 The subscriber is a process of its own (bench/live, built to bin/bench-live) that reads the engine's stream of tensors: of the last block's alone, and of all 37. The clock starts
 when the host sees that the device has come to the end of the step, a few microseconds behind its last publication, and stops when the subscriber has read the last block's tensor. A pause
 between steps keeps them apart. "host" is what the model's thread does for a step outside the forward, opening and closing it: in steps that follow each other, as a model decodes, and in those
-with a pause, before which the core's caches have other things to hold.
+with a pause, before which the core's caches have other things to hold. Of it, what libdmi's two calls take, each of which launches a kernel, beside the launch of a kernel that does nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,34 @@ def subscriber(door: str, every: bool) -> Iterator[Iterator[int]]:
         process.wait()
 
 
+class Calls:
+    """How long libdmi's calls of a step take, and a bare launch beside them: nanoseconds."""
+
+    def __init__(self, ring: Any) -> None:
+        self.ring = ring
+        self.took: dict[str, list[int]] = {"open": [], "close": [], "launch": []}
+        self.originals = {name: getattr(ring, name) for name in ("open_next", "close_step")}
+
+    def __enter__(self) -> Calls:
+        for name, original in self.originals.items():
+            setattr(self.ring, name, functools.partial(self.timed, name.partition("_")[0], original))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name in self.originals:
+            delattr(self.ring, name)
+
+    def timed(self, name: str, call: Callable[..., Any], *args: Any, **more: Any) -> Any:
+        begin = time.perf_counter_ns()
+        try:
+            return call(*args, **more)
+        finally:
+            self.took[name].append(time.perf_counter_ns() - begin)
+
+    def bare(self) -> None:
+        self.timed("launch", torch.cuda._sleep, 0)
+
+
 class Steps:
     """Steps of a graph, and how long the thread took for each outside its replay."""
 
@@ -98,6 +127,11 @@ def measure(decode: Decode, batch: int, settings: list[str], steps: int) -> dict
             graph, _ = record(decode, lambda: session.step(rows=rows))
             step = Steps(session, graph, rows)
             took["host"] = [step() for _ in range(WARM + steps)]
+            with Calls(session._ring) as calls:
+                for _ in range(WARM + steps):
+                    step()
+                    calls.bare()
+            took.update(calls.took)
             session.flush()
             for name in ("took", "every"):
                 with subscriber(door, every=name == "every") as arrivals:
@@ -129,15 +163,17 @@ def main() -> None:
             (p50, p99), (all50, all99) = (
                 (took[name][len(took[name]) // 2] / 1e3, took[name][len(took[name]) * 99 // 100] / 1e3) for name in ("took", "every")
             )
-            host, paused = statistics.median(took["host"]) / 1e3, statistics.median(took["paused"]) / 1e3
-            print(f"batch {batch}{kind}: publication -> subscriber p50 {p50:.0f} us, p99 {p99:.0f} us, of every tensor {all50:.0f} and {all99:.0f} us; host {host:.1f} us a step for {LAYERS + 1} hooks, {paused:.1f} with pauses", flush=True)
+            host, paused, opening, closing, launch = (statistics.median(took[name]) / 1e3 for name in ("host", "paused", "open", "close", "launch"))
+            print(f"batch {batch}{kind}: publication -> subscriber p50 {p50:.0f} us, p99 {p99:.0f} us, of every tensor {all50:.0f} and {all99:.0f} us; host {host:.1f} us a step for {LAYERS + 1} hooks, {paused:.1f} with pauses; open {opening:.1f}, close {closing:.1f}, a bare launch {launch:.1f}", flush=True)
             asked = batch == 1  # of one token; a larger batch has as many more to send
             out += [result.row(f"publication on the GPU -> subscriber, p50, batch {batch}{kind}", p50, "us", **({"goal": "<= 150", "met": p50 <= 150} if asked else {})),
                     result.row(f"publication on the GPU -> subscriber, p99, batch {batch}{kind}", p99, "us", **({"goal": "<= 1000", "met": p99 <= 1000} if asked else {})),
                     result.row(f"publication on the GPU -> subscriber of every tensor, p50, batch {batch}{kind}", all50, "us"),
                     result.row(f"publication on the GPU -> subscriber of every tensor, p99, batch {batch}{kind}", all99, "us"),
                     result.row(f"host work of a step, {LAYERS + 1} hooks, CUDA graph, batch {batch}{kind}", host, "us", goal="<= 10", met=host <= 10),
-                    result.row(f"host work of a step, {LAYERS + 1} hooks, CUDA graph, batch {batch}{kind}, pauses between steps", paused, "us", goal="<= 10", met=paused <= 10)]  # fmt: skip
+                    result.row(f"host work of a step, {LAYERS + 1} hooks, CUDA graph, batch {batch}{kind}, pauses between steps", paused, "us", goal="<= 10", met=paused <= 10),
+                    result.row(f"of it, libdmi's opening, batch {batch}{kind}", opening, "us", baseline=launch),
+                    result.row(f"of it, libdmi's closing, batch {batch}{kind}", closing, "us", baseline=launch)]  # fmt: skip
             raw[f"batch {batch}{kind}"] = {f"{name}_ns": values for name, values in took.items()}
     if arguments.save:
         save(Path(arguments.save), "gpu_latency", arguments.commit, out, raw)
