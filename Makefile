@@ -318,8 +318,8 @@ pack-vllm: $(VENV)/.installed
 	$(call say,vLLM packed into build/pack-vllm (two minutes, once its 330 MB are here))
 	$(PY) bench/pack_vllm.py
 
-# vLLM is put beside it, not into it: VLLM_SITE is a folder with vLLM and what it needs (pack-vllm's DIR, or DIR:DIR/peers), where $(GPU_PYTHON) has none itself. Neither needs the network; both end within
-# GPU_MINUTES, and the same command goes on where they stopped.
+# vLLM is put beside it, not into it: VLLM_SITE is a folder with vLLM and what it needs (pack-vllm's DIR, or DIR:DIR/peers), where $(GPU_PYTHON) has none itself.
+# Neither needs the network; both end within GPU_MINUTES, and the same command goes on where they stopped.
 VLLM_SITE ?=
 GPU_BESIDE ?= 3# variants whose engines are started at once: the GPU has 25 GiB for each, and for one that nobody observes
 ON_VLLM    = VLLM_USE_FLASHINFER_SAMPLER=0 VLLM_NO_USAGE_STATS=1 DMI_BIN=$(CURDIR)/$(GPU_SITE)/dmi/bin/dmi PYTHONPATH=$(CURDIR)/$(GPU_SITE):$(VLLM_SITE) $(GPU_PYTHON)

@@ -42,11 +42,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import result
 from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = ("residual", "statistics", "hidden-states", "vllm-lens", "transformer-lens")
+PLUGINS = {"hidden-states": "", "vllm-lens": "activations", "transformer-lens": "tl_vllm_capture"}
+"""Of vLLM, by variant: each is installed beside the others, and would be loaded by every engine."""
 START_S = 900
 TOGETHER_S = 300
 """For engines that are started at once. None is measured while another compiles; those that are later are left for the next time."""
@@ -108,6 +111,10 @@ class Asked:
             came += new
         if came != tokens:
             raise RuntimeError(f"request {key} has {came} tokens of {tokens}")
+        if layers := (self.extra or {}).get("output_residual_stream"):  # what it hooks differs between versions of vLLM, and it says nothing where it finds none
+            shape = tuple(getattr(output, "activations", {"residual_stream": np.empty(0)})["residual_stream"].shape)
+            if len(shape) != 3 or shape[0] != len(layers) or shape[1] < len(prompt):
+                raise RuntimeError(f"request {key} of {len(prompt)} + {tokens} tokens has a residual stream of shape {shape} for {len(layers)} layers")
 
     async def status(self) -> dict[str, Any]:
         await self.engine.collective_rpc("dmi_flush")
@@ -126,19 +133,26 @@ class Bridge:
     """TransformerLens's driver, asked in the same way. One forward over prompts, no decoding."""
 
     def __init__(self, job: dict[str, Any]) -> None:
+        import torch
+        from tokenizers import Tokenizer, models
         from transformer_lens.model_bridge.sources.vllm import boot_vllm
+        from transformers import PreTrainedTokenizerFast
 
         engine = job["engine"]
+        words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"0": 0}, unk_token="0")), eos_token="0", pad_token="0")  # it asks for one
         keep = {name: engine[name] for name in ("load_format", "gpu_memory_utilization", "max_model_len", "kv_cache_memory_bytes") if name in engine}
-        self.driver = boot_vllm(engine["model"], enable_batching=True, max_num_batched_tokens=job["most"], **keep)._driver
+        self.bridge = boot_vllm(engine["model"], words, dtype=getattr(torch, engine["dtype"]), enable_batching=True, max_num_batched_tokens=job["most"], **keep)
+        self.driver = self.bridge._driver  # which is closed with its bridge
         self.names = tuple(name for name in sorted(self.driver.supported_hook_points) if re.fullmatch(r"blocks\.\d+\.hook_out", name))
         self.vocabulary = job["vocabulary"]
 
     async def load(self, arrivals: Sequence[float], prompt: int, tokens: int) -> dict[str, Any]:
         prompts = [[random.randrange(self.vocabulary) for _ in range(prompt)] for _ in arrivals]
         begun = time.perf_counter()
-        self.driver.forward(prompts, capture=self.names, return_logits=False)
+        captured = self.driver.forward(prompts, capture=self.names, return_logits=False).captured
         took = time.perf_counter() - begun
+        if shapes := {tuple(captured[name].shape[:2]) for name in self.names} - {(len(prompts), prompt)}:
+            raise RuntimeError(f"{len(prompts)} prompts of {prompt} tokens have residual streams of shape {shapes}")
         return {"seconds": took, "tokens": len(arrivals) * prompt, "first": [took] * len(arrivals), "between": []}
 
     async def serve(self, answer: Any) -> None:
@@ -236,7 +250,7 @@ def model_folder(folder: Path, tiny: bool) -> dict[str, Any]:
 @contextlib.contextmanager
 def variant(name: str, given: argparse.Namespace, engine: dict[str, Any], shape: dict[str, Any], folder: Path, logs: Path) -> Iterator[Process]:
     """Its engine, and where its captures go."""
-    layers, environ = shape["num_hidden_layers"], {"VLLM_LENS_DISABLE": "1"}
+    layers, environ = shape["num_hidden_layers"], {"VLLM_PLUGINS": PLUGINS.get(name, "dmi")}
     job: dict[str, Any] = {"variant": name, "engine": dict(engine), "vocabulary": shape["vocab_size"], "most": 16384}
     with contextlib.ExitStack() as stack:
         if name == "residual":
@@ -259,10 +273,10 @@ def variant(name: str, given: argparse.Namespace, engine: dict[str, Any], shape:
             job["extra"] = {"kv_transfer_params": {"include_output_tokens": True}}
         elif name == "vllm-lens":
             installed("vllm-lens")
-            environ = {"DMI_DISABLE": "1"}
             job["extra"] = {"output_residual_stream": list(range(layers))}
         elif name == "transformer-lens":
             installed("transformer-lens")
+            environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # its hooks read the first one's batch
         process = Process(name, job, environ, logs)
         try:
             yield process
@@ -452,7 +466,7 @@ def measure(left: Sequence[str], given: argparse.Namespace, cuda: bool, kept: Pa
         engine = {"model": str(kept / "model"), "load_format": "dummy", "skip_tokenizer_init": True, "dtype": "bfloat16" if cuda else "float32", "max_model_len": 512,
                   "max_num_seqs": 256, "enable_prefix_caching": False}  # fmt: skip
         engine |= {"kv_cache_memory_bytes": KV_GIB << 30, "gpu_memory_utilization": 0.2} if cuda else {"kv_cache_memory_bytes": 64 << 20, "enforce_eager": True}
-        plain = Process("unobserved", {"variant": "unobserved", "engine": engine, "vocabulary": shape["vocab_size"]}, {"VLLM_LENS_DISABLE": "1", "DMI_DISABLE": "1"}, kept)
+        plain = Process("unobserved", {"variant": "unobserved", "engine": engine, "vocabulary": shape["vocab_size"]}, {"VLLM_PLUGINS": ""}, kept)
         engines.callback(plain.close)
         for first in range(0, len(left), given.beside):
             some = left[first : first + given.beside]

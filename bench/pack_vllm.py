@@ -5,7 +5,7 @@
 
 vLLM's wheel is 280 MB, because its libraries hold kernels for every GPU, dtype and kind of model; this makes some 13 MB of it, for `LLM`, `AsyncLLM` and `vllm serve` of
 dense models in bfloat16. It writes vllm.tar.xz, serve.tar.xz (what only `vllm serve` needs), peers.tar.xz (what bench/gpu_vllm.py compares with: in a folder of its own, because
-every engine would load their plugins), unpack.py and smoke.py; on the machine, with those that are wanted in one folder:
+every engine would load their plugins), unpack.py and smoke.py, and no more into that folder; on the machine, with those that are wanted in one folder:
 
     eval "$(python3 unpack.py /tmp/vllm)"      # and there is vLLM: PYTHONPATH, PATH and what it needs to be told
     python3 smoke.py                           # LLM, AsyncLLM and `vllm serve` of a tiny model with random weights
@@ -357,7 +357,8 @@ def archive(path: Path, folder: Path, names: Sequence[str]) -> float:
 
 
 def pack(to: Path, python: str | None) -> None:
-    begun, site = time.monotonic(), to / "site"
+    begun, work = time.monotonic(), to.with_name(f"{to.name}-work")
+    site = work / "site"
     shutil.rmtree(site, ignore_errors=True)
     to.mkdir(parents=True, exist_ok=True)
     for old in to.glob("*.tar.xz"):
@@ -391,19 +392,19 @@ def pack(to: Path, python: str | None) -> None:
     (to / "smoke.py").write_text(SMOKE)
     if size > LIMIT_MB:
         raise SystemExit(f"pack vLLM: {size:.1f} MB, where {LIMIT_MB:g} can be carried: leave out more")
-    check(to, python)
-    print(f"{to}: {size:.2f} MB in {time.monotonic() - begun:.0f} s; carry its files, and there: eval \"$(python3 unpack.py DIR)\"", flush=True)
+    check(to, work, python)
+    print(f"{to}: {size:.2f} MB in {time.monotonic() - begun:.0f} s; carry it, and there: eval \"$(python3 unpack.py DIR)\"", flush=True)
 
 
 # ------------------------------------------------------------------ is it whole?
-def check(to: Path, python: str | None) -> None:
+def check(to: Path, work: Path, python: str | None) -> None:
     """Unpacks it as the machine does, and imports it."""
     pythons = [python] if python else [shutil.which("python3.12") or "", *map(str, Path.home().glob(".pyenv/versions/3.12.*/bin/python"))]
     python = next((found for found in pythons if found and not subprocess.run([found, "-c", ""], capture_output=True, check=False).returncode), None)
     if python is None or not shutil.which("gcc"):
         print("NOT CHECKED: that the pack can be imported. It needs gcc and a Python 3.12 (--python)", flush=True)
         return
-    venv, unpacked = to / "venv", to / "unpacked"
+    venv, unpacked = work / "venv", work / "unpacked"
     made, what = venv / "made", "\n".join(MACHINE)
     if not made.exists() or made.read_text() != what:
         print("an environment like the machine's, to import the pack in (3 GB the first time)", flush=True)
@@ -414,14 +415,14 @@ def check(to: Path, python: str | None) -> None:
         made.write_text(what)
     shutil.rmtree(unpacked, ignore_errors=True)
     run(venv / "bin" / "python", to / "unpack.py", unpacked)
-    driver = to / "driver" / "libcuda.so.1"
+    driver = work / "driver" / "libcuda.so.1"
     driver.parent.mkdir(exist_ok=True)
     asked = subprocess.run(["nm", "-D", "--undefined-only", *unpacked.glob("vllm/**/*.so")], capture_output=True, text=True, check=True).stdout
     source = "".join(f"int {name}(void) {{ return 100; }}\n" for name in sorted({*re.findall(r" U (cu[A-Z]\w*)$", asked, re.MULTILINE), "cuInit"}))
     subprocess.run(["gcc", "-shared", "-fPIC", "-w", "-x", "c", "-", "-o", driver], input=source, text=True, check=True)
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": f"{unpacked}:{unpacked}/peers", "LD_LIBRARY_PATH": str(driver.parent), "HF_HUB_OFFLINE": "1",
                    "VLLM_NO_USAGE_STATS": "1", "HOME": str(venv)}  # fmt: skip
-    done = subprocess.run([venv / "bin" / "python", __file__, "--import"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, cwd=to)
+    done = subprocess.run([venv / "bin" / "python", __file__, "--import"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, cwd=work)
     if done.returncode:
         raise SystemExit(f"pack vLLM: what was packed cannot be imported by {venv}/bin/python:\n{done.stdout[-3000:]}")
     print(done.stdout.strip().splitlines()[-1], flush=True)
