@@ -92,7 +92,7 @@ def test_a_session_for_each_device() -> None:
         from dmi import native
 
         rings = [native.Ring(mode="best-effort", device=f"cuda:{n}", payload_mib=16, staging_mib=8) for n in range(2)]
-        from test_native import INNER, ROW, Consumer, batch_spans, captures, rows_of, same
+        from consumer import INNER, ROW, Consumer, batch_spans, captures, rows_of, same
 
         from dmi._abi import Space
 

@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from test_native import (
+from consumer import (
     DTYPES,
     INNER,
     KEY,
