@@ -96,9 +96,9 @@ func (t *Tiles) Free(at, bytes uint64) {
 		n++
 	}
 	if n > 0 {
-		t.tail.Store(tail)
 		t.list = t.list[n:]              // nothing is moved: there may be a record for each of thousands of sites
 		atomic.StoreUint64(t.word, tail) // pairs with every lane's acquire on shortage
+		t.tail.Store(tail)               // behind it: who sees that a range is passed gives its record back, and an engine after us must not find it ahead of the tail
 		return
 	}
 	// Behind a hole: neighbours become one, so that what waits is bounded by the holes.
