@@ -204,7 +204,7 @@ class Process:
         if not line:
             self.process.kill()
             said = [re.sub(r"^\(\w+ pid=\d+\) (\w+ [\d-]+ [\d:]+ \[[^\]]*\] )?", "", line) for line in self.log.read_text(errors="replace").strip().splitlines()]
-            errors = [line for line in said if re.search(r"\b\w*Error\b:? ", line) and "raise " not in line and "EngineDeadError" not in line]
+            errors = [line for line in said if re.search(r"\b\w*Error\b:? ", line) and not re.search(r"raise |EngineDeadError|See root cause above", line)]
             raise NotRun((errors or said)[-1:] or ["it said nothing"])
         return dict(json.loads(line))
 
