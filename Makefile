@@ -4,6 +4,7 @@
 # make soak   the tests that take chance, in full, and long fuzzing: half a day; SOAK=0.1 FUZZ=1000 does a part
 # make wheel  dist/*.whl: library, engine and Python package for any Python; with CUDA, and for the CPU alone
 # make pack-vllm   build/pack-vllm: vLLM, small enough to be carried to a GPU machine that reaches no network
+# make gpu-carry   build/carry: what a GPU machine without a network or Go needs of us; dist/ has wheels for that GPU alone then
 # make gpu-test, gpu-bench, gpu-bench-vllm, gpu-attribution   on a machine with an NVIDIA GPU, with the torch of $(GPU_PYTHON) and a wheel of dist/
 # make bench  redo the measurements in bench/results/
 # A second run reuses what the first installed.

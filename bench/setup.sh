@@ -5,4 +5,4 @@ mkdir -p bin dist
 ls dist/dmi-*.whl >/dev/null 2>&1 || cp build/carry/dmi-*.whl dist/
 [ -d build/gpu-site/dmi ] || make --no-print-directory gpu-site
 . build/carry/of
-export PYTHONPATH=$PWD/build/gpu-site DMI_BIN=$PWD/build/gpu-site/dmi/bin/dmi HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
+export PYTHONPATH=$PWD/build/gpu-site DMI_BIN=$PWD/build/gpu-site/dmi/bin/dmi DMI_GPU_TESTS=$PWD/bin HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
