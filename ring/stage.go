@@ -53,11 +53,12 @@ func (s *Stage) Take(bytes uint64) *Lease {
 	return l
 }
 
-// Retain adds holders.
+// Retain adds holders. The caller is one.
 func (l *Lease) Retain(holders int) { l.holders.Add(int32(holders)) }
 
 // Give ends one holder's use. True where somebody waits for room.
 func (l *Lease) Give() bool {
+	// Each holder's reads are before its decrement, and so before the last one's, behind which Take may lend the bytes anew.
 	left := l.holders.Add(-1)
 	if left < 0 {
 		panic("ring: a lease of staging was given back twice")

@@ -130,7 +130,14 @@ func run(dir, only string, mib, rounds int, out string) error {
 		}
 		fmt.Fprintln(os.Stderr)
 	}
-	return report(machine, names, copies, rates, cpus, mib, rounds, out)
+	if len(names) == 0 {
+		return fmt.Errorf("nothing that is measured has %q in its name", only)
+	}
+	command := fmt.Sprintf("go run ./bench/drain -mib %d -rounds %d", mib, rounds)
+	if only != "" {
+		command += fmt.Sprintf(" -only %q", only)
+	}
+	return report(command, machine, names, copies, rates, cpus, out)
 }
 
 // copyRate copies out of a memfd, 1 MiB at a time, with one thread: the least that anybody has to do.
@@ -375,7 +382,7 @@ func processTime() time.Duration {
 	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
 
-func report(machine result.Row, names []string, copies []float64, rates, cpus map[string][]float64, mib, rounds int, out string) error {
+func report(command string, machine result.Row, names []string, copies []float64, rates, cpus map[string][]float64, out string) error {
 	base := result.Median(copies) / 1e9
 	rows := []result.Row{machine, {Metric: "copy out of a memfd, one thread", Value: base, Unit: "GB/s"}}
 	for _, name := range names {
@@ -395,5 +402,5 @@ func report(machine result.Row, names []string, copies []float64, rates, cpus ma
 		}
 		rows = append(rows, result.Row{Metric: name, Value: rate, Unit: "GB/s"}.Against(base, rate/base), engine)
 	}
-	return result.Report("drain", fmt.Sprintf("go run ./bench/drain -mib %d -rounds %d -out bench/results", mib, rounds), rows, out)
+	return result.Report("drain", command+" -out bench/results", rows, out)
 }
