@@ -287,7 +287,7 @@ gpu-carry:
 	cp $$(ls dist/dmi-*.whl | grep -v +cpu) bench/setup.sh build/carry
 	$(call say,programs packed: a minute)
 	tar -C bin -cf - bench-live bench-sink dmi-slowdisk gpu gpu-alone | xz -9 >build/carry/programs.tar.xz
-	echo "export DMI_FIGURES_COMMIT=$$(git rev-parse HEAD) DMI_CUDA_ARCHS=$(CARRY_ARCHS)" >build/carry/of
+	(echo "export DMI_FIGURES_COMMIT=$$(git rev-parse HEAD) DMI_CUDA_ARCHS=$(CARRY_ARCHS)"; sha256sum build/carry/*.* | sed 's/^/# /') >build/carry/of
 	du -sh build/carry
 
 gpu-test: gpu-site

@@ -224,9 +224,7 @@ def test(full: bool) -> None:
 
 
 def build_gpu_tests(kind: str = "gpu", flags: Sequence[str] = ()) -> list[Path]:
-    """`flags`: of kernels of a kind for themselves. Those that were built elsewhere are in DMI_GPU_TESTS."""
-    if carried := os.environ.get("DMI_GPU_TESTS"):
-        return [Path(carried) / kind / name for name in ("gpu_test", "levels_test")]
+    """`flags`: of kernels of a kind for themselves."""
     tools = toolkit()
     if tools is None:
         raise SystemExit("build the GPU tests: no nvcc ($NVCC, PATH, or the nvidia-cuda-nvcc package)")
@@ -256,24 +254,36 @@ def carry_gpu_tests(to: Path) -> None:
             run(["strip", str(program), "-o", str(to / name / program.name)])
 
 
+def gpu_tests(kind: str = "gpu", flags: Sequence[str] = ()) -> list[Path]:
+    """Those that were built elsewhere, with --gpu-build, where DMI_GPU_TESTS says; else they are built."""
+    folder = os.environ.get("DMI_GPU_TESTS")
+    if folder is None:
+        return build_gpu_tests(kind, flags)
+    programs = [Path(folder) / kind / name for name in ("gpu_test", "levels_test")]
+    for program in programs:
+        if not program.exists():
+            raise SystemExit(f"run the GPU tests: there is no {program}, where DMI_GPU_TESTS says: carry it (make gpu-carry), or unset that to build them here")
+    return programs
+
+
 def test_on_gpu() -> None:
-    for program in build_gpu_tests():
+    for program in gpu_tests():
         run([str(program)])
 
 
 def soak_on_gpu() -> None:
-    traffic, _ = build_gpu_tests()
+    traffic, _ = gpu_tests()
     run([str(traffic), "--records", "100000000"])
 
 
 def sanitize_on_gpu() -> None:
-    programs = build_gpu_tests()
+    programs = gpu_tests()
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(sanitizer).exists():
         raise SystemExit("check with compute-sanitizer: it is not installed (it comes with the CUDA toolkit)")
     # Racecheck does not follow barriers that some of a block's warps have for themselves: it calls what the whole block's barriers divide a race. Without teams of warps
     # there are none; theirs are synccheck's, and thread sanitizer's where threads run the kernels.
-    alone = build_gpu_tests(*ALONE)
+    alone = gpu_tests(*ALONE)
     for tool in ("memcheck", "racecheck", "synccheck"):
         for program in alone if tool == "racecheck" else programs:
             print(f"compute-sanitizer --tool {tool} {program.name}", flush=True)
