@@ -3,7 +3,6 @@ shortage."""
 
 from __future__ import annotations
 
-import os
 import random
 import threading
 import time
@@ -11,10 +10,13 @@ import time
 import pytest
 import torch
 from consumer import (
+    CACHE,
     DTYPES,
     INNER,
     KEY,
+    LOGITS,
     ROW,
+    TOKENS,
     Consumer,
     Record,
     batch_spans,
@@ -27,17 +29,9 @@ from consumer import (
 )
 
 from dmi import _abi, native
-from dmi._abi import Outcome, Reason, Space
+from dmi._abi import Outcome, Reason
 
-TOKENS, LOGITS, CACHE = Space.TOKENS, Space.LOGITS, Space.CACHE
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _seed() -> None:
-    seed = int(os.environ.get("DMI_TEST_SEED", random.randrange(1 << 32)))
-    print(f"DMI_TEST_SEED={seed}")
-    random.seed(seed)
-    torch.manual_seed(seed)
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def on_gpu(**options: object) -> native.Ring:
