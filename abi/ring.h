@@ -25,13 +25,14 @@
  *   +-----------------+ staging_offset
  *   | staging         |  pump -> engine: payload bytes; allocated by the engine alone
  *   +-----------------+ spill_offset
- *   | spill           |  op -> engine: on the CPU payload that is little; in complete mode, what did not fit the payload ring
+ *   | spill           |  op -> engine: payload that is little; in complete mode, what did not fit the payload ring
  *   +-----------------+ total_bytes
  *
  * The payload ring itself is NOT in the mapping: it is device memory (CUDA) or private memory (CPU).
  * Offsets into rings are virtual: they count bytes or slots since creation and never wrap; the place in
  * the ring is `offset % capacity`. A payload range may cross the end of the ring; the pump copies it in two pieces.
- * A spill range never does: what is left goes on at the start, in another record.
+ * A spill range never does: what is left goes on at the start, in another record. A device that goes on there with what it has not begun
+ * says of the bytes that it skips that they are a part of a row, which nothing continues.
  * Every payload and spill range starts at a multiple of DMI_PAYLOAD_ALIGN, and owns the bytes up to the next multiple: the
  * ranges of all lanes tile the ring without holes, so the tails advance by `payload_bytes` rounded up.
  *
@@ -178,7 +179,7 @@ struct dmi_header {
   uint64_t payload_bytes; /* capacity of the payload ring, outside this mapping; a multiple of 4096 */
   uint64_t table_bytes;   /* per lane, a multiple of 4096 */
   uint64_t staging_bytes; /* a multiple of 4096 */
-  uint64_t spill_bytes;   /* a multiple of 4096; 0 in best-effort mode on a device */
+  uint64_t spill_bytes;   /* a multiple of 4096 */
   uint64_t control_offset; /* all offsets are multiples of 4096 */
   uint64_t sites_offset;
   uint64_t gates_offset;

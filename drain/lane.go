@@ -364,9 +364,9 @@ func (d *Drain) tiles(place uint8) *ring.Tiles {
 
 // takeAway copies spilled payload to memory of ours, up to Options.TensorBytes, where copies that come before it are still to be made. A
 // device's pump may be kept from making them by a call of the model's thread that itself waits for the kernel that waits for the spill:
-// only we can end that. Otherwise it reports false, and the payload is read in place.
+// only we can end that. Otherwise, and in best-effort mode, in which no kernel waits, it reports false, and the payload is read in place.
 func (d *Drain) takeAway(e *entry) bool {
-	if d.ring.Header().Device != ring.DeviceCUDA || len(d.want)+len(d.copying) == 0 || d.away+e.bytes > d.options.TensorBytes {
+	if h := d.ring.Header(); h.Device != ring.DeviceCUDA || h.Mode != ring.ModeComplete || len(d.want)+len(d.copying) == 0 || d.away+e.bytes > d.options.TensorBytes {
 		return false
 	}
 	d.away += e.bytes

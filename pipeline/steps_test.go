@@ -248,6 +248,12 @@ func (t *traffic) gathered(lane *ringtape.ProducerLane, s *trafficSite, r *stepR
 		records++
 		return t.publish(lane, &rec)
 	}
+	if t.IntN(10) == 0 { // a device that leaves the end of its spill: of whatever length, it is a part that nothing continues
+		corner := make([]byte, 1+t.IntN(int(min(t.p.Header.PayloadBytes/4, 4096))))
+		if err := emit(0, 1, corner, 0, len(corner)+ring.PayloadAlign, 0); err != nil {
+			return records, err
+		}
+	}
 	done := 0
 	for {
 		n := len(rows) - done

@@ -218,7 +218,7 @@ type Header struct {
 	PayloadBytes    uint64 // capacity of the payload ring, outside this mapping; a multiple of 4096
 	TableBytes      uint64 // per lane, a multiple of 4096
 	StagingBytes    uint64 // a multiple of 4096
-	SpillBytes      uint64 // a multiple of 4096; 0 in best-effort mode on a device
+	SpillBytes      uint64 // a multiple of 4096
 	ControlOffset   uint64 // all offsets are multiples of 4096
 	SitesOffset     uint64
 	GatesOffset     uint64

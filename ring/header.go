@@ -40,8 +40,6 @@ func (h *Header) check(size uint64) error {
 		return badHeader("command_capacity", h.CommandCapacity, fmt.Sprintf("a power of two up to %d is needed", maxCommands))
 	case h.SiteCapacity > MaxSites:
 		return badHeader("site_capacity", h.SiteCapacity, fmt.Sprintf("at most %d", MaxSites))
-	case h.Mode == ModeBestEffort && h.Device == DeviceCUDA && h.SpillBytes != 0:
-		return badHeader("spill_bytes", h.SpillBytes, "in best-effort mode a device does not spill")
 	}
 	for _, r := range []struct {
 		field string

@@ -34,7 +34,7 @@ func TestHeadersThatLie(t *testing.T) {
 		"payload_bytes":    {func(h *Header) { h.PayloadBytes = 4097 }, func(h *Header) { h.PayloadBytes = 0 }, func(h *Header) { h.PayloadBytes = 1 << 63 }},
 		"table_bytes":      {func(h *Header) { h.TableBytes = 1 << 40 }, func(h *Header) { h.TableBytes = 0 }},
 		"staging_bytes":    {func(h *Header) { h.StagingBytes = 1 }, func(h *Header) { h.StagingBytes = ^uint64(4095) }},
-		"spill_bytes":      {func(h *Header) { h.Mode, h.Device = ModeBestEffort, DeviceCUDA }, func(h *Header) { h.SpillBytes = 100 }},
+		"spill_bytes":      {func(h *Header) { h.SpillBytes = 100 }, func(h *Header) { h.SpillBytes = ^uint64(4095) }},
 		"control_offset":   {func(h *Header) { h.ControlOffset = 0 }, func(h *Header) { h.ControlOffset = ^uint64(4095) }, func(h *Header) { h.ControlOffset = 4104 }},
 		"sites_offset":     {func(h *Header) { h.SitesOffset = 8192 }},
 		"records_offset":   {func(h *Header) { h.RecordsOffset = 1<<20 - 4096 }},

@@ -94,7 +94,7 @@ func newCollector(s *Server) *collector {
 		opCalls:         gauge("dmi_producer_op_calls", "Calls of the capture op, producers attached now."),
 		opSeconds:       gauge("dmi_producer_op_seconds", "Host time inside the capture op, waits included, producers attached now."),
 		outside:         gauge("dmi_producer_outside", "Tensors offered outside an open step, producers attached now."),
-		spilled:         gauge("dmi_producer_spilled_bytes", "Bytes that went by way of the spill ring, producers attached now: in complete mode what found no room elsewhere, and on the CPU what is little."),
+		spilled:         gauge("dmi_producer_spilled_bytes", "Bytes that went by way of the spill ring, producers attached now: what is little, and in complete mode what found no room elsewhere."),
 		kept:            gauge("dmi_producer_kept_rows", "Rows captured in full because a trigger's condition was met, producers attached now."),
 		copied:          gauge("dmi_drain_copied_bytes", "Bytes that copy commands moved from payload rings to staging: what crosses PCIe, where there is one; producers attached now."),
 		offered:         gauge("dmi_drain_offered_bytes", "Bytes that lay in payload rings to be fetched or not, producers attached now."),

@@ -80,8 +80,9 @@ class Device {
   // Whether the stream has not come to the end of a step that was opened.
   virtual bool busy() const = 0;
 
-  virtual uint64_t payload_head() const = 0;  // as of the last step that closed
-  virtual uint64_t gave_up() const = 0;       // steps in which complete mode gave rows up
+  virtual uint64_t payload_head() const = 0;  // as of the last step that closed, and spill_head
+  virtual uint64_t spill_head() const = 0;
+  virtual uint64_t gave_up() const = 0;  // steps in which complete mode gave rows up
   // Waits until all of the steps that were closed by now are published, to a bound; false at the bound.
   virtual bool settle(uint64_t bound_ns) = 0;
   // Nothing of the ring is touched any more after this: waits for the streams, to a bound.

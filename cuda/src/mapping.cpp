@@ -31,11 +31,10 @@ uint64_t region(const char* name, uint64_t bytes, uint64_t least, uint64_t most 
   return pages(bytes);
 }
 
-// Complete mode has what it is given. Best-effort mode has a little on the CPU, for what is little: what finds no room there still has the
-// payload ring.
+// Complete mode has what it is given. Best-effort mode has a little, for what is little: what finds no room there still has the payload
+// ring.
 uint64_t spill_bytes(const dmi_ring_options& o) {
-  if (o.mode == DMI_MODE_COMPLETE) return o.spill_bytes;
-  return o.device < 0 ? std::min(o.spill_bytes, o.payload_bytes / 8) : 0;
+  return o.mode == DMI_MODE_COMPLETE ? o.spill_bytes : std::min(o.spill_bytes, o.payload_bytes / 8);
 }
 
 uint32_t capacity(const char* name, uint32_t count, uint32_t least, uint32_t most) {

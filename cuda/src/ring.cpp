@@ -131,9 +131,11 @@ void Ring::book_wait(Lane& lane, uint64_t ns) {
 }
 
 // As of the last step that the device closed.
-uint64_t Ring::device_used() const {
-  const uint64_t tail = load_acquire(mapping_.control().payload_tail.value), head = device_->payload_head();
-  return head > tail ? head - tail : 0;
+void Ring::device_used(dmi_gauges& gauges) const {
+  dmi_control& control = mapping_.control();
+  auto used = [](uint64_t head, uint64_t tail) { return head > tail ? head - tail : 0; };
+  gauges.payload_used = used(device_->payload_head(), load_acquire(control.payload_tail.value));
+  gauges.spill_used = used(device_->spill_head(), load_acquire(control.spill_tail.value));
 }
 
 uint32_t Ring::counters(dmi_counters* counters, uint32_t lanes, dmi_gauges& gauges) {
@@ -145,8 +147,12 @@ uint32_t Ring::counters(dmi_counters* counters, uint32_t lanes, dmi_gauges& gaug
     for (size_t word = 0; word < sizeof(dmi_counters) / sizeof(uint64_t); ++word) to[word] = load_relaxed(from[word]);
   }
   gauges = {};
-  gauges.payload_used = device_ == nullptr ? payload_space_.used() : device_used();
-  gauges.spill_used = spill_space_.used();
+  if (device_ != nullptr) {
+    device_used(gauges);
+  } else {
+    gauges.payload_used = payload_space_.used();
+    gauges.spill_used = spill_space_.used();
+  }
   gauges.outside = outside_.load(std::memory_order_relaxed);
   gauges.bad_commands = pump_.refused();
   std::lock_guard lock(gap_mutex_);

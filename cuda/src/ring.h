@@ -85,7 +85,7 @@ class Ring {
   template <typename Room>
   bool wait(Lane& lane, Room room);
   void book_wait(Lane& lane, uint64_t ns);
-  uint64_t device_used() const;
+  void device_used(dmi_gauges& gauges) const;
 
   Lane* free_lane(uint32_t preferred);
   Lane* open_on_device(const Opening& opening);

@@ -200,7 +200,7 @@ void soak(dmi_mode mode, uint64_t records) {
   o.payload_bytes = 1 << 20;
   o.table_bytes = 1 << 20;
   o.staging_bytes = 1 << 20;
-  o.spill_bytes = mode == DMI_MODE_COMPLETE ? 1 << 20 : 0;
+  o.spill_bytes = 1 << 20;
   o.wait_bound_ns = 60'000'000'000;
   const int64_t ring = dmi_ring_create(&o);
   CHECK(ring > 0);

@@ -46,6 +46,7 @@ class Host final : public Device {
     f.payload_bytes = header_.payload_bytes;
     f.spill = mapping.spill();
     f.spill_bytes = header_.spill_bytes;
+    f.little = little_of(header_.spill_bytes);
     f.records = mapping.records(0);
     f.record_capacity = header_.record_capacity;
     dmi_control& control = mapping.control();
@@ -110,6 +111,7 @@ class Host final : public Device {
   bool failed() const override { return false; }
   bool busy() const override { return load_acquire(notice_.closes) != opened_.load(std::memory_order_acquire); }
   uint64_t payload_head() const override { return load_relaxed(notice_.payload_head); }
+  uint64_t spill_head() const override { return load_relaxed(notice_.spill_head); }
   uint64_t gave_up() const override { return load_relaxed(notice_.gave_up); }
   bool settle(uint64_t) override { return true; }
   bool quiesce(uint64_t) override { return true; }

@@ -38,7 +38,7 @@ struct dmi_ring_options {
   uint64_t payload_bytes;
   uint64_t table_bytes; /* per lane */
   uint64_t staging_bytes;
-  uint64_t spill_bytes;   /* complete mode only */
+  uint64_t spill_bytes;   /* in best-effort mode an eighth of payload_bytes at most */
   uint64_t wait_bound_ns; /* complete mode: longest single wait for the engine */
 };
 

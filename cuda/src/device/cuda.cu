@@ -29,7 +29,7 @@ constexpr uint64_t kRoomy = 4;
 constexpr uint64_t kAhead = 4;                    // steps that the host may be ahead of the device in complete mode
 constexpr uint32_t kMeetings = 4096;              // of eager launches, in turn: far more than a stream can hold
 constexpr uint32_t kGraphMeetings = 4096;         // allocated at a time, for launches that graphs keep
-constexpr uint32_t kMostGraphMeetings = 1 << 20;  // 72 MiB: a bound that only a mistake exceeds
+constexpr uint32_t kMostGraphMeetings = 1 << 20;  // 88 MiB: a bound that only a mistake exceeds
 
 void check(cudaError_t status, const char* what) {
   if (status != cudaSuccess) {
@@ -182,6 +182,7 @@ class Cuda final : public Device {
   bool failed() const override { return failed_; }
   bool busy() const override { return load_acquire(notice_->closes) != opened_.load(std::memory_order_acquire); }
   uint64_t payload_head() const override { return load_relaxed(notice_->payload_head); }
+  uint64_t spill_head() const override { return load_relaxed(notice_->spill_head); }
   uint64_t gave_up() const override { return load_relaxed(notice_->gave_up); }
   bool settle(uint64_t bound_ns) override;
   bool quiesce(uint64_t bound_ns) override;
@@ -280,6 +281,7 @@ Cuda::Cuda(const Mapping& mapping, int ordinal, uint64_t wait_bound_ns)
     f.payload_bytes = header_.payload_bytes;
     f.spill = at(header_.spill_offset);
     f.spill_bytes = header_.spill_bytes;
+    f.little = little_of(header_.spill_bytes);
     f.records = reinterpret_cast<dmi_record*>(at(header_.records_offset));  // lane 0: the steps of a device follow each other
     f.record_capacity = header_.record_capacity;
     auto* control = reinterpret_cast<dmi_control*>(at(header_.control_offset));

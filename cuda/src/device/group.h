@@ -1,7 +1,9 @@
 // A group of tensors that one launch captures. It costs one reservation of payload, by compare-and-swap, and one publication, by the block
-// that finishes last. What finds no room is dropped (best-effort). In complete mode the reservation waits for as long as the ring is being
-// emptied. What found no room all the same the last block copies alone: to the payload ring, else to the spill region in host memory, which
-// needs nobody but the engine to be emptied, else it waits, to a bound.
+// that finishes last. One that is little goes to the spill region in host memory, if there is room for all of it, where the engine reads it
+// in place, but for a few large tensors at its end; all else goes to the payload ring. What finds no room is dropped (best-effort). In
+// complete mode the reservation waits for as long as the ring is being emptied. What found no room all the same the last block copies
+// alone: to the payload ring, else to the spill region in host memory, which needs nobody but the engine to be emptied, else it waits, to a
+// bound.
 #pragma once
 
 #include "records.h"
@@ -47,13 +49,21 @@ DMI_HD inline bool has_records(const Scratch& x, uint32_t i) {
   return true;
 }
 
-// One reservation for the group: all of it, or, where room is short, whole tensors and then whole rows. Its records' slots too, where
-// all is as it mostly is; otherwise say() takes them. By one thread of one block.
+// Room in the spill region for what of the group is little. How many tensors that is; none where there is no room for all of them.
+template <bool kLevelled>
+DMI_HD uint32_t reserve_near(State& s, const Scratch& x, uint32_t count, Meeting& m) {
+  const Fixed& f = x.fixed;
+  uint32_t n = count;
+  uint64_t bytes = x.total;
+  for (; n != 0 && bytes > f.little && count - n < kFewLarge && large(f, room_of<kLevelled>(x.plan[n - 1])); bytes = x.at[n]) --n;
+  return bytes != 0 && bytes <= f.little && reserve_little(s, f, bytes, m) ? n : 0;
+}
+
+// One reservation for the rest of the group: all of it, or, where room is short, whole tensors and then whole rows. Its records' slots too,
+// where all is as it mostly is; otherwise say() takes them. By one thread of one block.
 template <bool kLevelled>
 DMI_HD void reserve(State& s, const Group& g, const Scratch& x, Meeting& m) {
   const Fixed& f = x.fixed;
-  uint64_t head = load_relaxed_gpu(s.payload_head);
-  uint64_t tail = load_acquire_gpu(s.payload_tail_seen);
   uint32_t whole = g.count, rows = 0;
   uint64_t total = x.total;
   uint32_t most = g.count;
@@ -64,6 +74,14 @@ DMI_HD void reserve(State& s, const Group& g, const Scratch& x, Meeting& m) {
     for (most = 0; most < g.count && has_records(x, most);) ++most;
     if (most < g.count) total = x.at[most];
   }
+  // What is in the spill region is there whole. So it needs no records for rows that found no room, of which the corner has one.
+  const uint32_t near = m.more != 0 ? reserve_near<kLevelled>(s, x, g.count, m) : 0;
+  const uint64_t before = near == g.count ? total : x.at[near];
+  m.near = near;
+  if (near == 0) m.corner = 0;
+  total -= before;
+  uint64_t head = load_relaxed_gpu(s.payload_head);
+  uint64_t tail = load_acquire_gpu(s.payload_tail_seen);
   for (bool fresh = false, waited = f.complete == 0;;) {
     const uint64_t room = room_left(f.payload_bytes, head, tail);
     if (room < total && !fresh) {
@@ -82,23 +100,27 @@ DMI_HD void reserve(State& s, const Group& g, const Scratch& x, Meeting& m) {
     whole = most;
     rows = 0;
     if (room < total) {
-      for (whole = 0; x.at[whole] + room_of<kLevelled>(x.plan[whole]) <= room;) ++whole;
+      for (whole = near; x.at[whole] - before + room_of<kLevelled>(x.plan[whole]) <= room;) ++whole;
+      const uint64_t at = x.at[whole] - before;
       if constexpr (kLevelled) {
-        rows = fit_rows(f, x.tensor[whole], x.plan[whole], room - x.at[whole], taken);
-        taken += x.at[whole];
+        rows = fit_rows(f, x.tensor[whole], x.plan[whole], room - at, taken);
+        taken += at;
       } else {
-        rows = uint32_t((room - x.at[whole]) / x.plan[whole].row_bytes);
-        taken = x.at[whole] + aligned(uint64_t{rows} * x.plan[whole].row_bytes);
+        rows = uint32_t((room - at) / x.plan[whole].row_bytes);
+        taken = at + aligned(uint64_t{rows} * x.plan[whole].row_bytes);
       }
     }
-    if (swap_relaxed_gpu(s.payload_head, head, head + taken)) break;
+    if (taken == 0 || swap_relaxed_gpu(s.payload_head, head, head + taken)) break;
     fresh = false;
   }
-  if (x.plain != 0 && whole == g.count) m.slot = take_slots(s, g.count);
-  m.base = head;
+  if (x.plain != 0 && whole == g.count) m.slot = take_slots(s, g.count + (m.corner != 0 ? 1 : 0));
+  m.base = head - before;
   m.whole = whole;
   m.rows = rows;
 }
+
+// Apart, so that what is long has its registers.
+DMI_HD DMI_APART inline void reserve_levelled(State& s, const Group& g, const Scratch& x, Meeting& m) { reserve<true>(s, g, x, m); }
 
 // What the others need to know is there.
 template <typename Block>
@@ -110,11 +132,11 @@ DMI_HD void reserved(Block& block, Meeting& m) {
 // After the others know the reservation: what each tensor has of it. By all threads; x.at and x.unit hold what the whole would need.
 template <bool kLevelled, typename Block>
 DMI_HD void share_out(Block& block, const Group& g, Scratch& x, const Meeting& m) {
-  const uint64_t base = m.base;
-  const uint32_t whole = m.whole, rows = m.rows;
+  const uint64_t base = m.base, spilled = m.spilled;
+  const uint32_t whole = m.whole, rows = m.rows, near = x.near;
   for (uint32_t i = block.thread(); i < g.count; i += block.threads()) {
-    x.at[i] += base;
-    x.start[i] = x.at[i] % x.fixed.payload_bytes;
+    x.at[i] += i < near ? spilled : base;
+    x.start[i] = x.at[i] % (i < near ? x.fixed.spill_bytes : x.fixed.payload_bytes);
     x.granted[i] = x.plan[i].fate != Fate::kCapture || i > whole ? 0 : i < whole ? x.plan[i].rows : rows;
   }
   if (whole == g.count) return;
@@ -125,12 +147,25 @@ DMI_HD void share_out(Block& block, const Group& g, Scratch& x, const Meeting& m
   block.sync();
   block.sum(x.unit, g.count);
 }
+
+// Where the payload of tensor i goes.
+DMI_HD inline Target target_of(const Scratch& x, uint32_t i) {
+  const Fixed& f = x.fixed;
+  return i < x.near ? Target{f.spill, f.spill_bytes, x.start[i]} : Target{f.payload, f.payload_bytes, x.start[i]};
+}
+
+// Whether a corner is told of before tensor i: before the first that has bytes, so that a row of it follows.
+template <bool kLevelled>
+DMI_HD bool cornered(const Scratch& x, const Meeting& m, uint32_t i) {
+  return m.corner != 0 && i < m.near && x.at[i] == m.spilled && room_of<kLevelled>(x.plan[i]) != 0;
+}
+
 // The slots of groups that are not as they mostly are. By all threads; gives x.record, and m.slot.
 template <bool kLevelled, typename Block>
 DMI_HD void find_slots(Block& block, State& s, const Group& g, Scratch& x, Meeting& m) {
   for (uint32_t i = block.thread(); i < g.count; i += block.threads()) {
     if (!has_records(x, i)) x.own[i] = 0;  // fired twice in a group: the first has what was set aside
-    const uint32_t wanted = records_of<kLevelled>(x.fixed, x.tensor[i], x.plan[i], x.granted[i]);
+    const uint32_t wanted = records_of<kLevelled>(x.fixed, x.tensor[i], x.plan[i], x.granted[i]) + (cornered<kLevelled>(x, m, i) ? 1 : 0);
     // A site that fires again and again may have used up its records: then only the counters know.
     x.record[i] = x.own[i] >= wanted || m.more != 0 ? wanted : x.own[i];
   }
@@ -140,8 +175,8 @@ DMI_HD void find_slots(Block& block, State& s, const Group& g, Scratch& x, Meeti
   block.sync();
 }
 template <bool kLevelled>
-DMI_HD void say_tensor(State& s, const Fixed& f, const Tensor& t, const Plan& p, uint32_t granted, uint64_t at, uint64_t slot,
-                       uint64_t end) {
+DMI_HD void say_tensor(State& s, const Fixed& f, const Tensor& t, const Plan& p, uint32_t granted, uint8_t place, uint64_t at,
+                       uint64_t slot, uint64_t end) {
   if (p.fate == Fate::kOutside) return count(s.counters.outside, 1);
   if (p.fate == Fate::kOff) return say_other(s, f, t, p, DMI_OUTCOME_SKIPPED, DMI_REASON_POLICY, 0, p.rows, slot, end);
   if (p.fate == Fate::kMismatch) {
@@ -151,11 +186,11 @@ DMI_HD void say_tensor(State& s, const Fixed& f, const Tensor& t, const Plan& p,
       each_part(f, t, p, [&](const Part& part) {
         const uint32_t rows = granted_of(part, granted);
         if (rows != 0)
-          say_captured(s, f, form_of(f, t, p, part, part.first, rows), at + part.at, uint64_t{rows} * part.row_bytes, slot, end);
+          say_captured(s, f, form_of(f, t, p, part, part.first, rows), place, at + part.at, uint64_t{rows} * part.row_bytes, slot, end);
         return true;
       });
     } else if (granted != 0 || (p.rows == 0 && p.selection == 0)) {
-      say_captured(s, f, form_of(f, t, p, 0, granted), at, uint64_t{granted} * p.row_bytes, slot, end);
+      say_captured(s, f, form_of(f, t, p, 0, granted), place, at, uint64_t{granted} * p.row_bytes, slot, end);
     }
     if (p.rows != granted && f.complete == 0)
       say_other(s, f, t, p, DMI_OUTCOME_DROPPED, DMI_REASON_RING_FULL, granted, p.rows - granted, slot, end);
@@ -171,16 +206,20 @@ DMI_HD DMI_APART void say(Block& block, State& s, const Group& g, Scratch& x, Me
   const bool plain = x.plain != 0 && m.whole == g.count;
   if (!plain) find_slots<kLevelled>(block, s, g, x, m);
   if (block.thread() == 0) {
-    m.records = plain ? g.count : x.record[g.count];
+    m.records = plain ? g.count + (m.corner != 0 ? 1 : 0) : x.record[g.count];
     count(s.captures, m.records);
     count(s.counters.records, m.records);
   }
   for (uint32_t i = block.thread(); i < g.count; i += block.threads()) {
     const Tensor& t = x.tensor[i];
     const Plan& p = x.plan[i];
-    const uint32_t given = plain ? 1 : x.record[i + 1] - x.record[i];
-    const uint64_t slot = m.slot + (plain ? i : x.record[i]);
-    say_tensor<kLevelled>(s, f, t, p, x.granted[i], x.at[i], slot, slot + given);
+    const bool corner = cornered<kLevelled>(x, m, i);
+    const uint32_t given = plain ? (corner ? 2 : 1) : x.record[i + 1] - x.record[i];
+    const uint32_t before = plain ? i + (m.corner != 0 && (i >= m.near || x.at[i] != m.spilled) ? 1 : 0) : x.record[i];
+    const uint64_t slot = m.slot + before;
+    if (corner) say_corner(f, t, p, m.spilled, m.corner, slot);
+    say_tensor<kLevelled>(s, f, t, p, x.granted[i], i < m.near ? DMI_PLACE_SPILL : DMI_PLACE_RING, x.at[i], slot + (corner ? 1 : 0),
+                          slot + given);
     // What the site did not need is free for others, unless the rest of it is still to come.
     const bool later = f.complete != 0 && p.fate == Fate::kCapture && x.granted[i] < p.rows;
     const uint32_t kept = later && x.own[i] > given ? x.own[i] - given : 0;
@@ -237,7 +276,7 @@ DMI_HD DMI_APART void reduce_units(Block& block, Scratch& x, uint32_t count, uin
   for (uint32_t unit = first, i = 0; unit < units; unit += step) {
     i = whose(x, i, count, unit);
     const Plan& p = x.plan[i];
-    if (p.reduced != nullptr) reduce_unit(block, x.meet, x.fixed, x.tensor[i], p, x.granted[i], unit - x.unit[i], x.start[i]);
+    if (p.reduced != nullptr) reduce_unit(block, x.meet, x.fixed, x.tensor[i], p, x.granted[i], unit - x.unit[i], target_of(x, i));
   }
 }
 
@@ -268,11 +307,16 @@ DMI_HD void capture_group(Block& block, State& s, const Group& g, Scratch& x) {
   Meeting& m = *g.meeting;
   if (block.thread() == 0) {
     if (block.count() == 1 || add_relaxed_gpu<uint32_t>(m.arrived, 1) == 0) {
-      reserve<kLevelled>(s, g, x, m);
+      if constexpr (kLevelled) {
+        reserve_levelled(s, g, x, m);
+      } else {
+        reserve<false>(s, g, x, m);
+      }
       reserved(block, m);
     } else {
       wait_until_ready(m);
     }
+    x.near = m.near;
   }
   block.sync();
   share_out<kLevelled>(block, g, x, m);
@@ -285,7 +329,7 @@ DMI_HD void capture_group(Block& block, State& s, const Group& g, Scratch& x) {
     i = whose(x, i, g.count, unit);
     const Tensor& t = x.tensor[i];
     const Plan& p = x.plan[i];
-    const Target to{f.payload, f.payload_bytes, x.start[i]};
+    const Target to = target_of(x, i);
     const uint32_t n = unit - x.unit[i];
     if constexpr (kLevelled) {
       if (p.reduced == nullptr) move_unit(block, x.meet, f, t, p, x.granted[i], n, g.unit_shift, to);

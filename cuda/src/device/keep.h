@@ -487,7 +487,7 @@ DMI_HD inline void say_lot(State& s, const Fixed& f, const Tensor& t, const Plan
     r.flags |= DMI_RECORD_KEPT;
     count(s.counters.kept_rows, granted);
   }
-  if (granted != 0 || lot.rows == 0) say_captured(s, f, r, base + lot.at, bytes, slot, end);
+  if (granted != 0 || lot.rows == 0) say_captured(s, f, r, DMI_PLACE_RING, base + lot.at, bytes, slot, end);
   if (granted != lot.rows && f.complete == 0)
     say_other(s, f, t, p, DMI_OUTCOME_DROPPED, DMI_REASON_RING_FULL, lot.first + granted, lot.rows - granted, slot, end);
 }

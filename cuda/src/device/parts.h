@@ -549,20 +549,20 @@ DMI_HD DMI_APART void summarise_apart(Block& block, Rendezvous& meet, const Tens
   summarise_any(Team<Block>(block, meet, p.team), t, p, row, {0, 0, 0}, {ring, capacity, at});
 }
 
-// Unit `unit` of a tensor whose rows are all reduced, of which so many found room; its payload begins at `start` of the ring. Not apart:
-// a call would save and restore more bytes than a row has.
+// Unit `unit` of a tensor whose rows are all reduced, of which so many found room; its payload begins at the target. Not apart: a call
+// would save and restore more bytes than a row has.
 template <typename Block>
 DMI_HD void reduce_unit(Block& block, Rendezvous& meet, const Fixed& f, const Tensor& t, const Plan& p, uint32_t granted, uint32_t unit,
-                        uint64_t start) {
+                        const Target& to) {
   const Team<Block> team(block, meet, p.team);
   const uint32_t each = kMostWarps >> p.team, at_once = block.warps() / team.warps, begin = unit * each;
   const uint32_t end = granted - begin < each ? granted : begin + each;
   for (uint32_t row = begin + block.warp() / team.warps; row < end; row += at_once) {
     const std::byte* from = p.linear ? t.data + p.first + uint64_t{row} * p.row_bytes : row_address(f, t, p, *p.reduced, row);
-    uint64_t at = start + uint64_t{row} * DMI_STATS * sizeof(float);
-    if (at >= f.payload_bytes) at -= f.payload_bytes;
-    if (!summarise_piece(team, t.dtype, from, p.row_bytes, p.elements, {f.payload, f.payload_bytes, at}))
-      summarise_apart(block, meet, t, p, from, f.payload, f.payload_bytes, at);
+    uint64_t at = to.offset + uint64_t{row} * DMI_STATS * sizeof(float);
+    if (at >= to.capacity) at -= to.capacity;
+    if (!summarise_piece(team, t.dtype, from, p.row_bytes, p.elements, {to.ring, to.capacity, at}))
+      summarise_apart(block, meet, t, p, from, to.ring, to.capacity, at);
   }
 }
 

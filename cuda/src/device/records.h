@@ -107,12 +107,25 @@ DMI_HD inline void say_other(State& s, const Fixed& f, const Tensor& t, const Pl
 }
 
 // Likewise for rows that are.
-DMI_HD inline void say_captured(State& s, const Fixed& f, dmi_record r, uint64_t at, uint64_t bytes, uint64_t& slot, uint64_t end) {
+DMI_HD inline void say_captured(State& s, const Fixed& f, dmi_record r, uint8_t place, uint64_t at, uint64_t bytes, uint64_t& slot,
+                                uint64_t end) {
   if (slot >= end) return;
-  place_at(r, DMI_PLACE_RING, at, bytes);
+  place_at(r, place, at, bytes);
   write_record(slot_of(f, slot++), r);
   count(s.counters.captured_rows, r.rows);
   count(s.counters.captured_bytes, bytes);
+  if (place == DMI_PLACE_SPILL) count(s.counters.spilled_bytes, bytes);
+}
+
+// The end of the spill region, of which a group's payload has nothing: a part of a row that nothing continues. The engine frees it, and
+// takes the row from what follows.
+DMI_HD inline void say_corner(const Fixed& f, const Tensor& t, const Plan& p, uint64_t end, uint32_t bytes, uint64_t slot) {
+  dmi_record r = form_of(f, t, p, 0, 0);
+  r.selection = p.selection;
+  r.size[0] = 1;
+  place_at(r, DMI_PLACE_SPILL, end - bytes, bytes);
+  r.tensor_bytes = bytes + DMI_PAYLOAD_ALIGN;
+  write_record(slot_of(f, slot), r);
 }
 
 DMI_HD inline dmi_record form_of(const Fixed& f, const Tensor& t, const Plan& p, const Part& part, uint32_t first, uint32_t rows) {

@@ -38,6 +38,38 @@ DMI_HD inline bool records_free(State& s, uint64_t wanted) {
   return free_records(s) >= wanted;
 }
 
+// Of a group that is little: its payload goes to the spill region, which the engine reads in place. A copy command, and the threads that
+// are woken for it, take longer than a token's tensors take over PCIe: stores of a kernel reach 19 to 38 GB/s there, so all of it is 7 to
+// 14 us of the model's time at most, and 37 tensors of 5 KiB are 5 to 10.
+constexpr uint64_t kLittle = 256 << 10;
+// Whatever corner it leaves, a group that is little then fits an empty region.
+DMI_HD inline uint64_t little_of(uint64_t spill_bytes) { return spill_bytes / 2 < kLittle ? spill_bytes / 2 : kLittle; }
+// A few tensors at a group's end may be large, as logits are, and the others little: those need not wait for them.
+constexpr uint32_t kFewLarge = 4;
+DMI_HD inline bool large(const Fixed& f, uint64_t bytes) { return bytes > f.little / 4; }
+
+// Room there for `total` bytes, in one piece and all at once; false where none is known of. The corner that they leave at the region's end
+// is part of what is reserved, and has to be told of. By one thread.
+DMI_HD inline bool reserve_little(State& s, const Fixed& f, uint64_t total, Meeting& m) {
+  uint64_t tail = load_acquire_gpu(s.spill_tail_seen);
+  bool fresh = false;
+  for (uint64_t head = load_relaxed_gpu(s.spill_head);;) {
+    const uint64_t to_end = f.spill_bytes - head % f.spill_bytes, corner = to_end < total ? to_end : 0;
+    if (room_left(f.spill_bytes, head, tail) < corner + total) {
+      if (fresh) return false;
+      tail = refresh(s.spill_tail_seen, *f.spill_tail, s.spill_head);
+      head = load_relaxed_gpu(s.spill_head);
+      fresh = true;
+      continue;
+    }
+    fresh = false;
+    if (!swap_relaxed_gpu(s.spill_head, head, head + corner + total)) continue;
+    m.spilled = head + corner;
+    m.corner = uint32_t(corner);
+    return true;
+  }
+}
+
 // Complete mode: room() again and again until it is there or the bound is reached. Once a step has given up it waits no more.
 template <typename Room>
 DMI_HD bool wait(State& s, Room room) {

@@ -12,7 +12,7 @@ struct Scratch {
   Fixed fixed;
   Tensor tensor[kGroupTensors];
   Plan plan[kGroupTensors];
-  uint64_t at[kGroupTensors];          // offset of the tensor's bytes in the payload ring
+  uint64_t at[kGroupTensors];          // offset of the tensor's bytes in the ring that they go to
   uint64_t start[kGroupTensors];       // and where that is in it
   uint32_t granted[kGroupTensors];     // rows that found room
   uint32_t unit[kGroupTensors + 1];    // units of copying before the tensor's
@@ -22,6 +22,7 @@ struct Scratch {
   uint32_t plain;    // every site still has the record it needs, and none comes twice; of watched steps: nothing is kept or offered
   uint32_t changed;  // of watched steps
   bool last;
+  uint32_t near;  // as in Meeting
   // of complete mode's way
   bool found;
   uint8_t place;

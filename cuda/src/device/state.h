@@ -85,7 +85,8 @@ struct Notice {
   uint64_t closes;        // steps whose close ran, gated and lost ones included
   uint64_t slot_end;      // slots below it have been read
   uint64_t gave_up;       // steps in which complete mode gave rows up
-  uint64_t payload_head;  // as of the last close
+  uint64_t payload_head;  // as of the last close, and spill_head
+  uint64_t spill_head;
 };
 
 // A tensor of a group. Fixed when the op is called, which in a graph is long before the step.
@@ -125,18 +126,21 @@ static_assert(sizeof(Lot) == 40);
 struct Meeting {
   uint32_t arrived, ready, done;
   uint32_t more;     // whether tensors may have more records than were set aside for their sites
-  uint64_t base;     // payload offset of the group
+  uint64_t base;     // payload offset of the group, or where it would be if none of it was in the spill region
   uint64_t slot;     // its first record
   uint32_t whole;    // tensors that were granted room whole
   uint32_t rows;     // of the next one
   uint32_t first;    // the block that reserved
   uint32_t records;  // of the group; as `slot`, for the last block: whoever writes them arrives at `done` after it
+  uint32_t near;     // tensors, from the first one on, whose payload is in the spill region, behind each other from `spilled` on
+  uint32_t corner;   // bytes before `spilled` that were skipped: the end of the region, which no range crosses
+  uint64_t spilled;
   // Of watched steps.
   uint32_t claimed, watched;  // units of rows that were taken up; that were held against the conditions
   uint32_t lots, lots_at;     // in Fixed::lots; none where the group goes the levelled way
   uint64_t taken;             // bytes that the lots have, behind `base`
 };
-static_assert(sizeof(Meeting) == 72);
+static_assert(sizeof(Meeting) == 88);
 
 struct State;
 
@@ -156,6 +160,7 @@ struct alignas(16) Fixed {
   uint64_t payload_bytes;
   std::byte* spill;
   uint64_t spill_bytes;
+  uint64_t little;  // bytes up to which a group's payload goes to the spill region first
   dmi_record* records;
   uint64_t record_capacity;
   uint64_t* record_tail;

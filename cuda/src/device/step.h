@@ -132,6 +132,7 @@ DMI_HD void close_step(Block& block, State& s, const Closing& c) {
   if (block.thread() != 0) return;
   if (s.gave_up != 0) store_relaxed_sys(s.notice->gave_up, ++s.gave_ups);
   store_relaxed_sys(s.notice->payload_head, s.payload_head);
+  store_relaxed_sys(s.notice->spill_head, s.spill_head);
   if (said) {
     dmi_close close{};
     close.step = s.fixed.step;

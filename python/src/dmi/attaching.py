@@ -81,7 +81,7 @@ def attach(
     mapping: for a model family that DMI does not know. budget_gib: refuse hooks that would capture more for a request of 2,048 tokens.
     ring_mib, staging_mib: memory between model and engine: on the model's device, and of the host. Not said: 256 each, or what the policy's budgets
         `device_bytes` and `pinned_bytes` leave; said, and more than that: an EngineError. Beside them the host has records and row tables, and what is
-        little on the CPU or overflows: 64 MiB in complete mode, an eighth of the ring in best-effort mode on the CPU; `pinned_bytes` counts it. token: where the engine asks for one (otherwise $DMI_TOKEN, or
+        little or overflows: 64 MiB in complete mode, an eighth of the ring in best-effort mode; `pinned_bytes` counts it. token: where the engine asks for one (otherwise $DMI_TOKEN, or
         the token file of its store).
 
     Raises HookError (what cannot be captured, with the reason and close matches), EngineError (no engine, its store unreadable, newer,
