@@ -32,7 +32,7 @@ type Options struct {
 	Live    Live                              // nil: nobody listens
 	Event   func(level, code, message string) // must not block; nil: nobody is told
 	Closed  func(lane int, step uint64)       // after everything of a step was delivered; nil: nobody asks
-	// ShareBytes is how much a batch must have for several goroutines to share it (1 MiB): below, handing it over costs more than it brings.
+	// ShareBytes is how much a batch must have for several goroutines to share it (1 MiB), a row being as much as rowBytes at least: below, handing it over costs more than it brings.
 	ShareBytes int
 	Rules      Rules    // nil: everything that comes is kept
 	Triggers   Triggers // nil: nobody looks at what passes
@@ -85,7 +85,7 @@ func New(o Options) *Pipeline {
 // Run works until in is closed.
 func (p *Pipeline) Run(in <-chan []*drain.Item) {
 	for batch := range in {
-		much := bytesOf(batch) >= p.options.ShareBytes && mostWorkers() > 1
+		much := weightOf(batch) >= p.options.ShareBytes && mostWorkers() > 1
 		last := len(batch) - 1
 		for last > 0 && batch[last].Kind != drain.Captured {
 			last--

@@ -32,10 +32,16 @@ func siteOf(i *drain.Item) uint32 {
 	return i.Record.Site
 }
 
-func bytesOf(batch []*drain.Item) int {
+// rowBytes is how many bytes are as much work as a row of none: finding its request and its stream, and booking it. Statistics have no more than that.
+const rowBytes = 1 << 10
+
+func weightOf(batch []*drain.Item) int {
 	n := 0
 	for i := range batch {
 		n += len(batch[i].Data)
+		if batch[i].Kind == drain.Captured {
+			n += rowBytes * int(batch[i].Record.Rows)
+		}
 	}
 	return n
 }
