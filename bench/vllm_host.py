@@ -3,16 +3,21 @@
 
     python bench/vllm_host.py [--steps 600] [--save bench/results]
 
-Of an observer as the plugin has it, on a ring of the CPU that somebody empties: microseconds a step, the median, of requests that all decode a token a step, with the text kept
-of them or not, and of such steps where one request is over and another begins each time.
+Of an observer as the plugin has it, on a ring of the CPU that somebody empties, told through a socket that another process reads: microseconds a step, the median, of requests that
+all decode a token a step, with the text kept of them or not; of such steps where one request is over and another begins each time, and where all do. What is done ahead of the forward
+is what a first token waits for, and is said apart.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import socket
 import statistics
+import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +28,7 @@ import result
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python" / "tests"))
 
 from dmi import native  # noqa: E402
+from dmi.control import frame  # noqa: E402
 from dmi.instrument import Plan  # noqa: E402
 from dmi.requests import Requests, new_run  # noqa: E402
 from dmi.vllm.batches import Batch  # noqa: E402
@@ -32,18 +38,36 @@ from ringreader import RingReader  # noqa: E402
 
 PROMPT = 16
 PARTS = ("scheduled", "open", "close", "sampled")
+AHEAD = PARTS[:2]
 
 
 def new_request(number: int) -> Any:
     return SimpleNamespace(req_id=f"chatcmpl-{number:016x}-{number:08x}", prompt_token_ids=list(range(PROMPT)), sampling_params=SimpleNamespace(max_tokens=None))
 
 
-def measure(batch: int, steps: int, text: str, changing: bool) -> dict[str, float]:
+@contextlib.contextmanager
+def reader() -> Iterator[Callable[..., None]]:
+    """Sends messages to a process that reads them."""
+    ours, theirs = socket.socketpair()
+    process = subprocess.Popen(["cat"], stdin=theirs, stdout=subprocess.DEVNULL)
+    theirs.close()
+    try:
+        yield lambda *messages: ours.sendall(b"".join(map(frame, messages)))
+    finally:
+        ours.close()
+        process.wait()
+
+
+def measure(batch: int, steps: int, text: str, changing: int, send: Callable[..., None]) -> dict[str, float]:
+    """`changing`: requests that are over after each step."""
     ring = native.Ring(mode="best-effort")
     ring.add_site("site", layer=None, space=0, roles=(1, 2))
-    reader = RingReader(ring)
+    engine = RingReader(ring)
     model: Any = SimpleNamespace(config=None)
-    observer = Observer(SimpleNamespace(max_model_len=None), model, Arrangement(model, Plan(()), 1), ring, [], Requests(new_run(None, ()), text))
+    requests = Requests(new_run(None, ()), text)
+    requests.send = send
+    observer = Observer(SimpleNamespace(max_model_len=None), model, Arrangement(model, Plan(()), 1), ring, [], requests)
+    observer._later = True  # as on a GPU
     going, computed, begun = [new_request(i) for i in range(batch)], np.zeros(batch, "<i4"), batch
     arrivals, finished = list(going), set[str]()
     took: dict[str, list[float]] = {part: [] for part in PARTS}
@@ -60,11 +84,12 @@ def measure(batch: int, steps: int, text: str, changing: bool) -> dict[str, floa
             took[part].append(1e6 * (time.perf_counter() - before))
         computed += [counts[key] for key in ids]
         arrivals, finished = [], set()
-        if changing:
-            finished, arrivals = {going[step % batch].req_id}, [new_request(begun)]
-            going[step % batch], computed[step % batch], begun = arrivals[0], 0, begun + 1
+        for at in (n % batch for n in range(changing * step, changing * (step + 1))):
+            finished.add(going[at].req_id)
+            going[at], computed[at], begun = new_request(begun), 0, begun + 1
+            arrivals.append(going[at])
         if step % 8 == 0:
-            reader.drain()
+            engine.drain()
     ring.close()
     return {part: statistics.median(values[steps // 8 :]) for part, values in took.items()}
 
@@ -75,11 +100,15 @@ def main() -> None:
     parser.add_argument("--save", type=Path)
     given = parser.parse_args()
     rows, raw = [], {}
-    for name, text, changing in (("all decode", "none", False), ("all decode, tokens are kept", "ids", False), ("one ends and one begins", "none", True)):
+    for name, text, changing in (("all decode", "none", 0), ("all decode, tokens are kept", "ids", 0), ("one ends and one begins", "none", 1), ("all end and as many begin", "none", -1)):
         for batch in (1, 32, 256):
-            raw[f"{name}, batch {batch}"] = parts = measure(batch, given.steps, text, changing)
-            rows.append(result.row(f"{name}, batch {batch}", sum(parts.values()), "us a step"))
-            print(f"{name}, batch {batch}: {sum(parts.values()):.0f} us a step: {', '.join(f'{part} {value:.0f}' for part, value in parts.items())}", flush=True)
+            if changing < 0 and batch == 1:
+                continue
+            with reader() as send:
+                raw[f"{name}, batch {batch}"] = parts = measure(batch, given.steps, text, batch if changing < 0 else changing, send)
+            ahead = sum(parts[part] for part in AHEAD)
+            rows += [result.row(f"{name}, batch {batch}", sum(parts.values()), "us a step"), result.row(f"{name}, batch {batch}: ahead of the forward", ahead, "us a step")]
+            print(f"{name}, batch {batch}: {sum(parts.values()):.0f} us a step, {ahead:.0f} ahead of the forward: {', '.join(f'{part} {value:.0f}' for part, value in parts.items())}", flush=True)
     if given.save:
         print("written to", result.write("vllm_host", rows, folder=given.save, raw=raw))
 

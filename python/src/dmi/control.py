@@ -34,12 +34,13 @@ FATAL = {"protocol", "abi", "token", "ring"}
 """Refusals that another attempt cannot change."""
 
 _LENGTH = struct.Struct("<I")
+_encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode  # json.dumps makes one each time
 Message = dict[str, Any]
 
 
 def frame(message: Message) -> bytes:
     """A message as it goes over the socket. Raises ValueError over the bound."""
-    body = json.dumps(message, separators=(",", ":"), ensure_ascii=False).encode()
+    body = _encode(message).encode()
     if len(body) > MAX_MESSAGE_BYTES:
         raise ValueError(f"control message {message.get('type')!r} of {len(body)} bytes: at most {MAX_MESSAGE_BYTES}")
     return _LENGTH.pack(len(body)) + body

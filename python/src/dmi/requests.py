@@ -81,6 +81,8 @@ def new_run(labels: Mapping[str, str] | None, tags: Sequence[str]) -> RunRecord:
 
 
 def _can_be_id(name: str) -> bool:
+    if name.isascii() and name.isprintable():  # as nearly all are
+        return 0 < len(name) <= ID_BYTES
     return 0 < len(name.encode(errors="replace")) <= ID_BYTES and all(ord(c) >= 32 and c not in "\x7f\ufffd" and not 0xD800 <= ord(c) < 0xE000 for c in name)
 
 
@@ -113,6 +115,7 @@ class Requests(Sequence[str]):
         self._numbers = itertools.count()
         self._steps = itertools.count()
         self._unconfirmed = 0
+        self._held: list[Message] | None = None
         self.found_in: dict[str, str] = {}
         """Session and store, for a reference to a request's captures."""
 
@@ -136,6 +139,26 @@ class Requests(Sequence[str]):
     def tells_tokens(self) -> bool:
         """Whether anybody is told what tokens a request has."""
         return self._text != "none"
+
+    def hold(self) -> None:
+        """What the engine is to be told of requests goes out together, with `release`: a message is a system call, which wakes the engine up. It waits a second for
+        those whose rows it has."""
+        with self.lock:
+            if self._held is None:
+                self._held = []
+
+    def release(self) -> None:
+        """Tell what was held."""
+        with self.lock:
+            held, self._held = self._held, None
+            if held:
+                self.send(*held)
+
+    def _say(self, *messages: Message) -> None:
+        if self._held is None:
+            self.send(*messages)
+        else:
+            self._held.extend(messages)
 
     def next_step(self) -> int:
         """A number for the next forward; they grow."""
@@ -165,7 +188,7 @@ class Requests(Sequence[str]):
                 batch.append(request)
             if self._groups is not None:
                 self._place(batch)
-            self.send({"type": "requests", "requests": [self._describe(request) for request in batch]})
+            self._say({"type": "requests", "requests": [self._describe(request) for request in batch]})
             return [request.number for request in batch]
 
     def regroup(self, name: int, sets: list[Message]) -> None:
@@ -203,10 +226,11 @@ class Requests(Sequence[str]):
             record.dirty = False
             if self._groups is not None:
                 self.grouped(self._groups.name, {request: None})
-            self.send(*told, self._ending(record))
+            self._say(*told, self._ending(record))
             self._unconfirmed += 1
             if self._unconfirmed >= UNCONFIRMED:
                 self._unconfirmed = 0
+                self.release()  # a barrier says what was told before it
                 self.crowded()
 
     def batch(self, requests: list[int]) -> None:
@@ -267,6 +291,7 @@ class Requests(Sequence[str]):
     def finish(self) -> None:
         """End what is still open."""
         with self.lock:
+            self.release()
             for record in list(self._requests.values()):
                 self.end(record.number, "aborted")
             for run in list(self._runs.values()):
@@ -275,6 +300,7 @@ class Requests(Sequence[str]):
     def tell(self) -> None:
         """Send what is known and was held back."""
         with self.lock:
+            self.release()
             held = [record for record in self._requests.values() if record.dirty]
             for record in held:
                 record.dirty = False
@@ -283,6 +309,8 @@ class Requests(Sequence[str]):
 
     def state(self) -> list[Message]:
         """All that an engine which comes back may not know. Under the lock."""
+        if self._held is not None:
+            self._held.clear()  # it is in what follows
         messages: list[Message] = []
         for run in self._runs.values():
             if not run.confirmed:

@@ -14,7 +14,7 @@ from dmi.instrument import Plan, Ring
 from dmi.requests import Requests
 from dmi.session import Session
 from dmi.vllm.batches import Asked, Batch, Batches
-from dmi.vllm.hooks import Arrangement, Hooks
+from dmi.vllm.hooks import Arrangement, Hooks, may_wait
 from dmi.vllm.settings import DIGEST, KEY, Settings
 from dmi.vllm.sites import plan
 
@@ -33,11 +33,14 @@ class Observer:
         self._series: Any = None
         """and those that were."""
         self._hooks = Hooks(model, arrangement, ring.tensor, numbers)
+        self._later = ring.tensor.device.type == "cuda"
+        """The model's thread does not wait for the forward: what the engine is told of requests can go out behind its launch, where it holds up no first token."""
 
     # -------------------------------------------------------------- the runner's calls
     def scheduled(self, output: Any) -> None:
         """The scheduler's output for a step comes in."""
         self.close(aborted=True)  # of a forward that nothing followed
+        self._requests.hold()
         news = self._batches.learn()
         self._batches.finish(output.finished_req_ids)
         if news and output.total_num_scheduled_tokens == 0:  # no table comes to tell it
@@ -46,6 +49,8 @@ class Observer:
         if not news:
             self._batches.tell_finished(self._step)
         self._batches.begin(output.scheduled_new_reqs)
+        if output.total_num_scheduled_tokens == 0:
+            self._requests.release()
 
     def open(self, batch: Batch) -> None:
         """The model is about to run over a batch."""
@@ -61,6 +66,8 @@ class Observer:
             self._ring.open_step(self._step, self._table, width=(0, 0, 0), packed=True)
         self._opened = True
         self._batches.tell_finished(self._step)
+        if not self._later:
+            self._requests.release()
 
     def close(self, *, aborted: bool) -> None:
         """Its logits are there: what the model computes from here on, prompt logprobs say, is no row."""
@@ -69,6 +76,7 @@ class Observer:
             if aborted:
                 self._hooks.clear()
             self._ring.close_step(self._step, aborted=aborted)
+            self._requests.release()
 
     def asked(self) -> Asked:
         """What to give `sampled` for the last step."""
@@ -110,7 +118,8 @@ def observe(runner: Any, settings: Settings) -> tuple[Session, Observer]:
     chosen = plan(model, settings.hooks, ranks)
     # Norms that vLLM's passes fuse with a quantisation or with a reduction over ranks write over the residual, whoever reads it later.
     fused = ranks > 1 or getattr(runner.vllm_config, "quant_config", None) is not None
-    arrangement = Arrangement(model, chosen, runner.vllm_config.scheduler_config.max_num_batched_tokens, careful=fused)
+    device = device_of(model)
+    arrangement = Arrangement(model, chosen, runner.vllm_config.scheduler_config.max_num_batched_tokens, most=may_wait(device), careful=fused)
     _tell_compiler(runner.vllm_config, settings.digest(arrangement.words()))
     session = new_session(settings.mode, settings.text, None, None, ())
     observers: list[Observer] = []
@@ -120,7 +129,7 @@ def observe(runner: Any, settings: Settings) -> tuple[Session, Observer]:
         return observers[-1]
 
     ring = {
-        "device": device_of(model),
+        "device": device,
         "payload_mib": settings.ring_mib,
         "staging_mib": settings.staging_mib,
         "wait_bound_s": settings.wait_bound_s,
