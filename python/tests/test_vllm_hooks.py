@@ -20,7 +20,7 @@ from dmi.hook import LAUNCH_TENSORS
 from dmi.rows import SPANS
 from dmi.sites import LOGITS, TOKENS
 from dmi.vllm import hooks as placed
-from dmi.vllm.hooks import Arrangement, Hooks
+from dmi.vllm.hooks import WAITING_BYTES, Arrangement, Hooks
 from dmi.vllm.sites import plan
 from observed import fresh_seed
 from ringreader import RingReader
@@ -155,14 +155,14 @@ class Model(nn.Module):
 class Observed:
     """The model with hooks in place, and a page of an engine."""
 
-    def __init__(self, hooks: list[str], careful: bool = False) -> None:
+    def __init__(self, hooks: list[str], careful: bool = False, most: int = WAITING_BYTES) -> None:
         torch.manual_seed(fresh_seed())
         self.model = Model()
         self.plan = plan(self.model, hooks)
         self.ring = native.Ring(mode="complete")
         self.reader = RingReader(self.ring)
         numbers = [self.ring.add_site(site.name, layer=site.layer, space=site.space, roles=site.roles) for site in self.plan.sites]
-        self.arrangement = Arrangement(self.model, self.plan, TOKENS_AT_MOST, careful)
+        self.arrangement = Arrangement(self.model, self.plan, TOKENS_AT_MOST, most=most, careful=careful)
         self.hooks = Hooks(self.model, self.arrangement, self.ring.tensor, numbers)
         self.forward: Any = self.model.model
         self.steps = 0
@@ -274,8 +274,7 @@ def test_groups_end_at_their_bounds(monkeypatch: pytest.MonkeyPatch, compiled: b
     monkeypatch.setattr(placed, "LAUNCH_TENSORS", 20)
     few = Observed(["**"])
     monkeypatch.setattr(placed, "LAUNCH_TENSORS", LAUNCH_TENSORS)
-    monkeypatch.setattr(placed, "WAITING_BYTES", 300 * TOKENS_AT_MOST)
-    little = Observed(["**"])
+    little = Observed(["**"], most=300 * TOKENS_AT_MOST)
     for observed, tensors, size in ((few, 20, 1 << 30), (little, LAUNCH_TENSORS, 300)):
         groups: list[list[int]] = [[]]
         for place in observed.arrangement.places:

@@ -26,12 +26,20 @@ from dmi.sites import LOGITS, SiteSpec, Tap
 from dmi.vllm.sites import RESIDUAL, last_norm, residual, taken
 
 WAITING_BYTES = 512 << 20
-"""Of what waits at most, in a step of as many tokens as the scheduler gives. vLLM's profiling run, which is such a step, counts it."""
+"""Of what waits, in a step of as many tokens as the scheduler gives. vLLM's profiling run, which is such a step, counts it."""
+WAITING_SHARE = 64
+"""One part in so many of a GPU's memory may wait, if that is more."""
 
 RING, WAITING, STREAM = "dmi_ring", "dmi_waiting", "dmi_stream"
 """The last one: the two that it is the sum of, and that."""
 
 AT_ONCE, COPIED, KEPT = "at once", "copied", "kept"
+
+
+def may_wait(device: torch.device) -> int:
+    """Bytes, on a device."""
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    return max(WAITING_BYTES, memory // WAITING_SHARE)
 
 
 def _how(site: SiteSpec) -> str:
@@ -59,8 +67,8 @@ class Place:
 class Arrangement:
     """What of a plan is taken where, in the order of a forward, and where groups end."""
 
-    def __init__(self, model: nn.Module, plan: Plan, tokens: int, careful: bool = False) -> None:
-        """`tokens`: of a step, at most. `careful`: compilers may have norms that write over what a sum is made of, unseen by those that decide when it is made."""
+    def __init__(self, model: nn.Module, plan: Plan, tokens: int, *, most: int = WAITING_BYTES, careful: bool = False) -> None:
+        """`tokens`: of a step, at most; `most`: bytes that may wait in it. `careful`: compilers may have norms that write over what a sum is made of, unseen by those that decide when it is made."""
         self.careful = careful
         self.places: list[Place] = []
         self._names = [f"{site.name} {_how(site)}" for site in plan.sites]
@@ -71,7 +79,7 @@ class Arrangement:
         for place in found.values():
             wait = [plan.sites[index] for index, _, how in place.taps if how != AT_ONCE]
             size = sum(site.bytes_per_token or 0 for site in wait)
-            if waiting and wait and (waiting + len(wait) > LAUNCH_TENSORS or (held + size) * tokens > WAITING_BYTES):
+            if waiting and wait and (waiting + len(wait) > LAUNCH_TENSORS or (held + size) * tokens > most):
                 place.begins, waiting, held = True, 0, 0
             waiting, held = waiting + len(wait), held + size
             place.given = place.side == "in" and any(site.tap.which == RESIDUAL and not site.name.endswith("hook_resid_pre") for site in wait)
