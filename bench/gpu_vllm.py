@@ -60,6 +60,8 @@ STARTED_S = 150
 KV_GIB = 14
 """Of each engine: 256 requests of 144 tokens, and as much again and more for those who keep hidden states there."""
 ANSWER_S = 900
+SHORT = {1: 4, 32: 2}
+"""Loads of half a second have so many times as many rounds: they spread more."""
 
 
 # ------------------------------------------------------------------ an engine, in a process of its own
@@ -254,12 +256,12 @@ def variant(name: str, given: argparse.Namespace, engine: dict[str, Any], shape:
     job: dict[str, Any] = {"variant": name, "engine": dict(engine), "vocabulary": shape["vocab_size"], "most": 16384}
     with contextlib.ExitStack() as stack:
         if name == "residual":
-            environ["DMI_ENGINE"] = stack.enter_context(engine_of([str(ROOT / "bin" / "bench-sink"), str(folder / "sink")], folder / "sink"))
+            environ["DMI_ENGINE"] = stack.enter_context(engine_of([str(ROOT / "bin" / "bench-sink"), str(folder / "sink")], folder / "sink", logs))
             environ["DMI_HOOKS"] = "blocks.*.hook_resid_post ln_final.hook_out logits"
             environ |= {} if given.tiny else {"DMI_RING_MIB": "1024", "DMI_STAGING_MIB": "1024"}
         elif name == "statistics":
             dmi = os.environ.get("DMI_BIN") or str(ROOT / "bin" / "dmi")
-            environ["DMI_ENGINE"] = stack.enter_context(engine_of([dmi, "serve", "--store", str(folder / "store")], folder / "store"))
+            environ["DMI_ENGINE"] = stack.enter_context(engine_of([dmi, "serve", "--store", str(folder / "store")], folder / "store", logs, "engine.json"))
             environ["DMI_HOOKS"] = "**"
             (folder / "policy.yaml").write_text("default: stats\n")
             subprocess.run([dmi, "policy", "set", str(folder / "policy.yaml"), "--store", str(folder / "store")], check=True, stdout=subprocess.DEVNULL)
@@ -301,14 +303,15 @@ def vllm_version() -> str:
 
 
 @contextlib.contextmanager
-def engine_of(command: list[str], store: Path) -> Iterator[str]:
-    """An engine of ours; its control socket."""
-    with open(f"{store}.log", "w") as log:
+def engine_of(command: list[str], store: Path, logs: Path, ready: str = "engine.sock") -> Iterator[str]:
+    """An engine of ours, which is there when that file is; its control socket."""
+    said = logs / f"{store.name}.log"
+    with open(said, "w") as log:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log)
     deadline = time.monotonic() + 60
-    while not (store / "engine.sock").exists():
+    while not (store / ready).exists():
         if process.poll() is not None or time.monotonic() > deadline:
-            raise SystemExit(f"{command[0]} did not start: {Path(f'{store}.log').read_text()[-500:]}")
+            raise SystemExit(f"{command[0]} did not start: {said.read_text()[-500:]}")
         time.sleep(0.05)
     try:
         yield str(store / "engine.sock")
@@ -331,6 +334,7 @@ class Bench:
         self.prompt, self.tokens = (8, 6) if given.tiny else (16, 128)
         self.batches = (1, 4) if given.tiny else (1, 32, 256)
         self.rate = rate  # of arrivals, a second
+        self.missed: dict[str, int] = {}  # rows so far, by reason
 
     def row(self, metric: str, value: float, unit: str, **rest: Any) -> None:
         self.rows.append(result.row(metric, value, unit, **rest))
@@ -391,20 +395,35 @@ class Bench:
         if name == "transformer-lens":
             self.prompts_alone(process)
             return
-        rounds = self.given.rounds
+        ours, rounds = name in ("residual", "statistics"), self.given.rounds
         for batch in self.batches:
             goal = {"residual": 0.01, "statistics": 0.02 if batch <= 32 else None}.get(name)
-            self.compare(process, f"batch {batch}", [0.0] * batch, goal, min(rounds, 2) if name == "hidden-states" and batch > 32 else rounds)
+            often = SHORT.get(batch, 1) * rounds if ours else min(rounds, 2) if batch > 32 else rounds
+            self.compare(process, f"batch {batch}", [0.0] * batch, goal, often)
+            if ours:
+                self.books(process, f"batch {batch}")
         if name != "hidden-states":
             self.compare(process, "arriving at random", self.arrivals(), {"residual": 0.01}.get(name), min(rounds, 2))
-        if name in ("residual", "statistics"):
-            status = process.ask("status")
-            if not status["observed"]:
-                raise NotRun([f"served unobserved: {status['reason']}"])
-            lost = sum(status["ring"]["rows"].values())
+        if ours:
+            status = self.books(process, "arriving at random")
             self.row(f"{name}: sites", status["sites"], "sites")
             self.row(f"{name}: memory on the device", status["device_bytes"] / (1 << 20), "MiB")
-            self.row(f"{name}: rows that were not captured", lost, "rows", goal="0", met=lost == 0)
+
+    def books(self, process: Process, what: str) -> dict[str, Any]:
+        """The share of rows that were captured since the last time; the reasons why others were not. Its status."""
+        status = process.ask("status")
+        if not status["observed"]:
+            raise NotRun([f"served unobserved: {status['reason']}"])
+        ring = status["ring"]
+        now = {"captured": ring["captured_rows"], **ring["rows"]}
+        new = {reason: n - self.missed.get(reason, 0) for reason, n in now.items() if n > self.missed.get(reason, 0)}
+        self.missed = now
+        share = new.get("captured", 0) / max(1, sum(new.values()))
+        self.raw[f"{process.name}, {what}: rows"] = new
+        said = ", ".join(f"{n:,} {reason}" for reason, n in new.items() if reason != "captured") or "none"
+        self.row(f"{process.name}, {what}: rows captured", 100 * share, "%", goal="100", met=share == 1)
+        print(f"    not captured: {said}", flush=True)
+        return status
 
 
 def main() -> None:
