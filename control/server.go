@@ -122,6 +122,7 @@ type Server struct {
 // New makes a server.
 func New(o Options) *Server {
 	HoldHeap()
+	GiveWay()
 	return &Server{options: o.withDefaults(), sessions: map[string]*session{}, gates: o.Gates, taken: map[*session]Memory{}}
 }
 

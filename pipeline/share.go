@@ -19,7 +19,11 @@ type task struct {
 	left *atomic.Int32 // of a close: workers that have not come to it
 }
 
-func mostWorkers() int { return min(runtime.GOMAXPROCS(0), 16) }
+// mostWorkers leaves half of the processors, where there are more than a few, to the model whose tensors these are.
+func mostWorkers() int {
+	n := runtime.GOMAXPROCS(0)
+	return min(n, max(2, n/2), 16)
+}
 
 func ofSite(i *drain.Item) bool {
 	return i.Kind == drain.Captured || i.Kind == drain.Settled || i.Kind == drain.Offered

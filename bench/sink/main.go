@@ -76,7 +76,7 @@ func (s *sink) AppendChunks(chunks []tensor.Chunk) (int, error) {
 	for i := range chunks {
 		bytes += len(chunks[i].Data)
 	}
-	parts := max(1, min(bytes/shareBytes, len(chunks), runtime.GOMAXPROCS(0)))
+	parts := max(1, min(bytes/shareBytes, len(chunks), runtime.GOMAXPROCS(0)/4))
 	each := (len(chunks) + parts - 1) / parts
 	var group sync.WaitGroup
 	for others := chunks[min(each, len(chunks)):]; len(others) > 0; others = others[min(each, len(others)):] {
