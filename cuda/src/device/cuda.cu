@@ -1,4 +1,5 @@
 // The CUDA device: memory, launches and copies. What the launches do is capture.h's.
+#include <cuda.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -21,11 +22,14 @@ namespace {
 
 constexpr uint32_t kThreads = 256;
 static_assert(kThreads / 32 <= kMostWarps);
-// A copy engine makes copies in the order in which it was given them, whoever they are of: the model's own, of the tokens that it sampled,
-// wait for all of ours that were given before. So it gets pieces, and no more at a time than it needs not to run dry between two looks of
-// the pump: 80 us of work. Where the payload ring is fuller than a share, draining it comes first.
-constexpr uint64_t kPiece = 1 << 20, kBeside = 4 << 20;
-constexpr uint64_t kRoomy = 4;
+// A copy engine serves one stream until that has nothing left for it, whoever else waits: the model's own copies too, of the tokens that it
+// sampled. So it gets bursts of 40 us, or as many small copies as take about that, and nothing more before it is through with one: in the
+// gap others have their turn. Only where the payload ring is nearly full draining it comes first.
+constexpr uint64_t kBurst = 2 << 20;
+constexpr uint32_t kPieces = 32;
+constexpr size_t kQueued = 4;             // bursts, then
+constexpr uint64_t kLookNs = 10'000'000;  // after so long without an end of a burst the stream is asked whether it has failed
+constexpr bool nearly_full(uint64_t used, uint64_t capacity) { return used > capacity / 4 * 3; }
 constexpr uint64_t kAhead = 4;                    // steps that the host may be ahead of the device in complete mode
 constexpr uint32_t kMeetings = 4096;              // of eager launches, in turn: far more than a stream can hold
 constexpr uint32_t kGraphMeetings = 4096;         // allocated at a time, for launches that graphs keep
@@ -230,23 +234,20 @@ class Cuda final : public Device {
   std::atomic<uint64_t> opened_{0};  // steps whose open and close are, or will be, launched
   std::atomic<uint64_t> closed_{0};  // those whose close is
 
-  // The pump's: pieces of copies that the copy engine has not been given, and those that it has.
+  // The pump's: pieces of copies that the copy engine has not been given, and bursts of them that it has.
   struct Piece {
     std::byte* to;
     uint64_t at, bytes;
     bool last;  // of its copy
   };
-  struct Batch {
-    uint64_t bytes;
-    bool last;
-    cudaEvent_t done;
-  };
-  bool copy_on();
+  void copy_on();
+  void give_burst();
+  cudaError_t tell_end(uint64_t burst);
   std::deque<Piece> waiting_;
-  std::deque<Batch> batches_;
-  std::vector<cudaEvent_t> events_;
-  uint64_t under_way_ = 0;  // bytes
-  uint64_t complete_ = 0;   // copies
+  std::deque<uint64_t> bursts_;        // copies that end in each
+  uint64_t burst_ = 0, complete_ = 0;  // bursts that were given, copies that are complete
+  uint64_t looked_ns_ = 0;             // when the stream was last asked how it is
+  decltype(&cuStreamWriteValue64) write_value_ = nullptr;
   bool failed_ = false;
 };
 
@@ -305,6 +306,13 @@ Cuda::Cuda(const Mapping& mapping, int ordinal, uint64_t wait_bound_ns)
     s.notice = notice_;
     check(cudaMemcpy(state_, &s, sizeof s, cudaMemcpyHostToDevice), "create ring: write its state");
     check(cudaStreamCreateWithFlags(&copies_, cudaStreamNonBlocking), "create ring: make a stream");
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult how{};
+    check(cudaGetDriverEntryPointByVersion("cuStreamWriteValue64", &found, 12000, cudaEnableDefault, &how),
+          "create ring: look a function of the driver up");
+    if (how != cudaDriverEntryPointSuccess)
+      throw Error(DMI_ERROR_SYSTEM, "create ring: the driver has no cuStreamWriteValue64; update it (CUDA 12 or later is needed)");
+    write_value_ = reinterpret_cast<decltype(write_value_)>(found);
     check(cudaEventCreateWithFlags(&last_done_, cudaEventDisableTiming), "create ring: make an event");
     check(cudaDeviceSynchronize(), "create ring");
     // Kernels are loaded at their first launch, which must not be one that a recording or a step waits for.
@@ -332,8 +340,6 @@ void Cuda::release() {
     cudaStreamSynchronize(copies_);
     cudaStreamDestroy(copies_);
   }
-  for (const Batch& batch : batches_) cudaEventDestroy(batch.done);
-  for (cudaEvent_t event : events_) cudaEventDestroy(event);
   if (last_done_ != nullptr) cudaEventDestroy(last_done_);
   if (slots_ != nullptr) cudaFreeHost(slots_);
   if (payload_ != nullptr) cudaFree(payload_);
@@ -442,66 +448,72 @@ void Cuda::capture(const dmi_tensor* tensors, uint32_t count, const dmi_site* si
 
 bool Cuda::begin_copy(std::byte* staging, uint64_t payload, uint64_t bytes) {
   if (failed_) return false;
-  while (bytes > 0) {
-    const uint64_t at = payload % header_.payload_bytes, n = std::min({bytes, header_.payload_bytes - at, kPiece});
-    waiting_.push_back({staging, at, n, false});
+  do {  // a copy of nothing is a piece too
+    const uint64_t at = payload % header_.payload_bytes, n = std::min({bytes, header_.payload_bytes - at, kBurst});
+    waiting_.push_back({staging, at, n, n == bytes});
     staging += n;
     payload += n;
     bytes -= n;
-  }
-  if (waiting_.empty() || waiting_.back().last) waiting_.push_back({staging, 0, 0, false});  // of a command that copies nothing
-  waiting_.back().last = true;
-  return copy_on();
-}
-
-// Gives the copy engine what it may have.
-bool Cuda::copy_on() {
-  Scope scope(ordinal_);
-  const uint64_t head = payload_head(), tail = load_acquire(mapping_.control().payload_tail.value);
-  const bool filling = head > tail && head - tail > header_.payload_bytes / kRoomy;
-  while (!failed_ && !waiting_.empty() && (filling || under_way_ < kBeside)) {
-    const Piece& piece = waiting_.front();
-    cudaError_t status = cudaSuccess;
-    if (piece.bytes != 0) status = cudaMemcpyAsync(piece.to, payload_ + piece.at, piece.bytes, cudaMemcpyDeviceToHost, copies_);
-    cudaEvent_t event = nullptr;
-    if (!events_.empty()) {
-      event = events_.back();
-      events_.pop_back();
-    } else if (status == cudaSuccess) {
-      status = cudaEventCreateWithFlags(&event, cudaEventDisableTiming);
-    }
-    if (status == cudaSuccess) status = cudaEventRecord(event, copies_);
-    if (status != cudaSuccess) {
-      failed_ = true;
-      std::fprintf(stderr,
-                   "dmi: copy %llu bytes of payload from CUDA device %d: %s; nothing more is copied for the engine, whose rows are lost\n",
-                   static_cast<unsigned long long>(piece.bytes), ordinal_, cudaGetErrorString(status));
-      break;
-    }
-    under_way_ += piece.bytes;
-    batches_.push_back({piece.bytes, piece.last, event});
-    waiting_.pop_front();
-  }
+  } while (bytes > 0);
+  copy_on();
   return !failed_;
 }
 
-uint64_t Cuda::copies_complete() {
+// Gives the copy engine what it may have.
+void Cuda::copy_on() {
+  const uint64_t head = payload_head(), tail = load_acquire(mapping_.control().payload_tail.value);
+  const size_t most = head > tail && nearly_full(head - tail, header_.payload_bytes) ? kQueued : 1;
+  while (!failed_ && !waiting_.empty() && bursts_.size() < most) give_burst();
+}
+
+void Cuda::give_burst() {
   Scope scope(ordinal_);
-  while (!batches_.empty()) {
-    const cudaError_t status = cudaEventQuery(batches_.front().done);
-    if (status == cudaErrorNotReady) break;
-    if (status != cudaSuccess && !failed_) {
+  cudaError_t status = cudaSuccess;
+  uint64_t bytes = 0, copies = 0;
+  for (uint32_t n = 0; n < kPieces && !waiting_.empty() && bytes + waiting_.front().bytes <= kBurst && status == cudaSuccess; ++n) {
+    const Piece piece = waiting_.front();
+    waiting_.pop_front();
+    if (piece.bytes != 0) status = cudaMemcpyAsync(piece.to, payload_ + piece.at, piece.bytes, cudaMemcpyDeviceToHost, copies_);
+    bytes += piece.bytes;
+    copies += piece.last ? 1 : 0;
+  }
+  if (status == cudaSuccess) status = tell_end(burst_ + 1);
+  if (status != cudaSuccess) {
+    failed_ = true;
+    std::fprintf(stderr,
+                 "dmi: copy %llu bytes of payload from CUDA device %d: %s; nothing more is copied for the engine, whose rows are lost\n",
+                 static_cast<unsigned long long>(bytes), ordinal_, cudaGetErrorString(status));
+    return;
+  }
+  ++burst_;
+  bursts_.push_back(copies);
+  looked_ns_ = monotonic_ns();
+}
+
+// The stream counts its bursts in memory of ours: asking the driver how far it is would take locks that the model's launches need.
+cudaError_t Cuda::tell_end(uint64_t burst) {
+  const CUresult result = write_value_(copies_, reinterpret_cast<CUdeviceptr>(&notice_->bursts), burst, CU_STREAM_WRITE_VALUE_DEFAULT);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorUnknown;
+}
+
+uint64_t Cuda::copies_complete() {
+  // Pairs with the stream's write, before which all of its copies are there.
+  const uint64_t through = load_acquire(notice_->bursts);
+  for (uint64_t burst = burst_ - bursts_.size(); burst != through && !bursts_.empty(); ++burst) {
+    complete_ += bursts_.front();
+    bursts_.pop_front();
+  }
+  if (!bursts_.empty() && !failed_ && monotonic_ns() - looked_ns_ > kLookNs) {  // a device that failed counts nothing any more
+    Scope scope(ordinal_);
+    looked_ns_ = monotonic_ns();
+    const cudaError_t status = cudaStreamQuery(copies_);
+    if (status != cudaSuccess && status != cudaErrorNotReady) {
       failed_ = true;
       std::fprintf(stderr, "dmi: CUDA device %d failed: %s; nothing more is copied for the engine, whose rows are lost\n", ordinal_,
                    cudaGetErrorString(status));
     }
-    if (failed_) break;
-    under_way_ -= batches_.front().bytes;
-    complete_ += batches_.front().last ? 1 : 0;
-    events_.push_back(batches_.front().done);
-    batches_.pop_front();
   }
-  copy_on();
+  if (!waiting_.empty()) copy_on();
   return complete_;
 }
 

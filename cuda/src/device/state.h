@@ -87,6 +87,7 @@ struct Notice {
   uint64_t gave_up;       // steps in which complete mode gave rows up
   uint64_t payload_head;  // as of the last close, and spill_head
   uint64_t spill_head;
+  uint64_t bursts;  // of copies that the pump's stream has made
 };
 
 // A tensor of a group. Fixed when the op is called, which in a graph is long before the step.
