@@ -404,6 +404,7 @@ void test_reservations(uint64_t seed) {
         x->at[0] = 0;
         x->own[0] = kRecordsPerSite;
         Meeting m{};
+        x->seen = look(w.state);
         reserve<false>(w.state, group, *x, m);
         const bool spilled = m.near == 1;
         const uint64_t base = spilled ? m.spilled : m.base;

@@ -56,7 +56,7 @@ DMI_HD uint32_t reserve_near(State& s, const Scratch& x, uint32_t count, Meeting
   uint32_t n = count;
   uint64_t bytes = x.total;
   for (; n != 0 && bytes > f.little && count - n < kFewLarge && large(f, room_of<kLevelled>(x.plan[n - 1])); bytes = x.at[n]) --n;
-  return bytes != 0 && bytes <= f.little && reserve_little(s, f, bytes, m) ? n : 0;
+  return bytes != 0 && bytes <= f.little && reserve_little(s, f, x.seen, bytes, m) ? n : 0;
 }
 
 // One reservation for the rest of the group: all of it, or, where room is short, whole tensors and then whole rows. Its records' slots too,
@@ -80,8 +80,7 @@ DMI_HD void reserve(State& s, const Group& g, const Scratch& x, Meeting& m) {
   m.near = near;
   if (near == 0) m.corner = 0;
   total -= before;
-  uint64_t head = load_relaxed_gpu(s.payload_head);
-  uint64_t tail = load_acquire_gpu(s.payload_tail_seen);
+  uint64_t head = x.seen.payload_head, tail = x.seen.payload_tail;
   for (bool fresh = false, waited = f.complete == 0;;) {
     const uint64_t room = room_left(f.payload_bytes, head, tail);
     if (room < total && !fresh) {
@@ -133,7 +132,8 @@ DMI_HD void reserved(Block& block, Meeting& m) {
 template <bool kLevelled, typename Block>
 DMI_HD void share_out(Block& block, const Group& g, Scratch& x, const Meeting& m) {
   const uint64_t base = m.base, spilled = m.spilled;
-  const uint32_t whole = m.whole, rows = m.rows, near = x.near;
+  const uint32_t whole = m.whole, rows = m.rows, near = m.near;
+  if (block.thread() == 0) x.near = near;
   for (uint32_t i = block.thread(); i < g.count; i += block.threads()) {
     x.at[i] += i < near ? spilled : base;
     x.start[i] = x.at[i] % (i < near ? x.fixed.spill_bytes : x.fixed.payload_bytes);
@@ -286,6 +286,7 @@ DMI_HD void capture_group(Block& block, State& s, const Group& g, Scratch& x) {
   const Fixed& f = x.fixed;
   if (block.thread() == 0) x.plain = 1;
   block.sync();
+  if (block.thread() + 1 == block.threads()) x.seen = look(s);  // a thread that has no tensor, as a rule
   for (uint32_t i = block.thread(); i < g.count; i += block.threads()) {
     const Tensor& t = x.tensor[i];
     x.own[i] = t.site < f.sites ? f.left[t.site] : 0;
@@ -316,7 +317,6 @@ DMI_HD void capture_group(Block& block, State& s, const Group& g, Scratch& x) {
     } else {
       wait_until_ready(m);
     }
-    x.near = m.near;
   }
   block.sync();
   share_out<kLevelled>(block, g, x, m);

@@ -48,12 +48,17 @@ DMI_HD inline uint64_t little_of(uint64_t spill_bytes) { return spill_bytes / 2 
 constexpr uint32_t kFewLarge = 4;
 DMI_HD inline bool large(const Fixed& f, uint64_t bytes) { return bytes > f.little / 4; }
 
+DMI_HD inline Seen look(State& s) {
+  return {load_relaxed_gpu(s.payload_head), load_acquire_gpu(s.payload_tail_seen), load_relaxed_gpu(s.spill_head),
+          load_acquire_gpu(s.spill_tail_seen)};
+}
+
 // Room there for `total` bytes, in one piece and all at once; false where none is known of. The corner that they leave at the region's end
 // is part of what is reserved, and has to be told of. By one thread.
-DMI_HD inline bool reserve_little(State& s, const Fixed& f, uint64_t total, Meeting& m) {
-  uint64_t tail = load_acquire_gpu(s.spill_tail_seen);
+DMI_HD inline bool reserve_little(State& s, const Fixed& f, const Seen& seen, uint64_t total, Meeting& m) {
+  uint64_t tail = seen.spill_tail;
   bool fresh = false;
-  for (uint64_t head = load_relaxed_gpu(s.spill_head);;) {
+  for (uint64_t head = seen.spill_head;;) {
     const uint64_t to_end = f.spill_bytes - head % f.spill_bytes, corner = to_end < total ? to_end : 0;
     if (room_left(f.spill_bytes, head, tail) < corner + total) {
       if (fresh) return false;

@@ -8,6 +8,12 @@
 
 namespace dmi::device {
 
+// Where the rings stand, read ahead of a reservation, which would wait for one word after the other. Whoever moved a head since is noticed
+// by the swap; of a tail that moved since, less room is known.
+struct Seen {
+  uint64_t payload_head, payload_tail, spill_head, spill_tail;
+};
+
 struct Scratch {
   Fixed fixed;
   Tensor tensor[kGroupTensors];
@@ -23,6 +29,7 @@ struct Scratch {
   uint32_t changed;  // of watched steps
   bool last;
   uint32_t near;  // as in Meeting
+  Seen seen;
   // of complete mode's way
   bool found;
   uint8_t place;
