@@ -6,7 +6,8 @@ batch sizes run the same code. Nothing waits for longer than a forward of the ba
 
 What vLLM may write over is copied before it waits: a fused norm gives its results in the memory of what it was given, a rotary embedding turns queries and keys
 where they are. By `dmi::copy`, and not by a clone: Inductor drops clones and moves what it may to where that is used, and then vLLM's passes make operations in place without asking who
-reads later. What users declare may be anything, and is captured at once.
+reads later. Of norms they do so only where those quantise or reduce ("careful"): elsewhere sums, and what blocks add to the residual stream, are results that the compiler makes in the norm's own kernel. What users
+declare may be anything, and is captured at once.
 
 The ring and what waits are attributes of each hooked module, not of the hooks: what vLLM compiled and stored for another process looks them up there again. Site numbers
 are the sites' places in the plan. The digest in vLLM's cache key covers both."""
@@ -30,10 +31,12 @@ WAITING_BYTES = 512 << 20
 WAITING_SHARE = 64
 """One part in so many of a GPU's memory may wait, if that is more."""
 
-RING, WAITING, STREAM = "dmi_ring", "dmi_waiting", "dmi_stream"
-"""The last one: the two that it is the sum of, and that."""
+RING, WAITING, STREAM, ZERO = "dmi_ring", "dmi_waiting", "dmi_stream", "dmi_zero"
+"""The third: the two that it is the sum of, and that. The last: a zero that no compiler knows to be one."""
 
-AT_ONCE, COPIED, KEPT = "at once", "copied", "kept"
+AT_ONCE, COPIED, REMADE, KEPT = "at once", "copied", "remade", "kept"
+ADDED = ("hook_attn_out", "hook_mlp_out")
+"""To the residual stream, by the norm that follows, which may do so where they are."""
 
 
 def may_wait(device: torch.device) -> int:
@@ -46,7 +49,9 @@ def _how(site: SiteSpec) -> str:
     """A user's own point has no size that is known before, and logits are computed outside of what is compiled."""
     if site.bytes_per_token is None or site.space == LOGITS:
         return AT_ONCE
-    return KEPT if site.grouped else COPIED
+    if site.grouped:
+        return KEPT
+    return REMADE if site.name.endswith(ADDED) else COPIED
 
 
 @dataclass
@@ -105,7 +110,7 @@ class Arrangement:
 
 class _Hook:
     def __init__(self, place: Place, numbers: Sequence[int], careful: bool) -> None:
-        self.careful = careful and RESIDUAL in [tap.which for _, tap, _ in place.taps]
+        self.careful = careful
         self.taps = tuple((numbers[index], tap, how) for index, tap, how in place.taps)
         self.begins, self.ends, self.given = place.begins, place.ends, place.given
         self.together = sum(how == COPIED and tap.which is None for _, tap, how in self.taps) > 1
@@ -125,8 +130,10 @@ class _Hook:
                 found = taken(tap, args, kwargs, output)
                 if found is None:
                     continue
-                tensor, keep = found, how != COPIED
-                if not keep and self.together and tap.which is None:
+                tensor, keep = found, how not in (COPIED, REMADE)
+                if how == REMADE and not self.careful:
+                    tensor, keep = _remade(module, tensor), True
+                elif not keep and self.together and tap.which is None:
                     if copied is None:
                         copied = torch.ops.dmi.copy(module.dmi_ring, tensor)
                     tensor, keep = copied, True
@@ -143,6 +150,12 @@ class _Hook:
         if self.ends:
             _capture(module)
             module.dmi_stream.clear()
+
+
+def _remade(module: Any, tensor: Tensor) -> Tensor:
+    """The same bits, as an ordinary result that the compiler makes together with what else reads the tensor: a copy is a kernel of its own."""
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return (tensor.view(bits) | module.dmi_zero).view(tensor.dtype)
 
 
 def _capture(module: Any) -> None:
@@ -188,9 +201,11 @@ class Hooks:
         self._handles: list[Any] = []
         self._waiting: list[tuple[Tensor, int]] = []
         self._stream: list[Any] = []
+        with torch.inference_mode(False):
+            zero = torch.zeros((), dtype=torch.int8, device=ring.device)
         for place in arrangement.places:
             module = model.get_submodule(place.path)
-            for name, value in ((RING, ring), (WAITING, self._waiting), (STREAM, self._stream)):
+            for name, value in ((RING, ring), (WAITING, self._waiting), (STREAM, self._stream), (ZERO, zero)):
                 object.__setattr__(module, name, value)
             if place.side == "in":
                 self._handles.append(module.register_forward_pre_hook(_Before(place, numbers, arrangement.careful), with_kwargs=True))
