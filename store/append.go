@@ -16,15 +16,14 @@ func (s *Store) AppendChunks(chunks []tensor.Chunk) (taken int, err error) {
 	if s.readOnly {
 		return 0, errors.New("store: append a chunk: opened for reading only")
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	at := place{now: time.Now()}
+	var at place
 	for taken < len(chunks) {
 		if err = s.appendChunk(&chunks[taken], &at); err != nil {
 			break
 		}
 		taken++
 	}
+	at.unlock()
 	if taken > 0 { // once: each of these waits for what the processor has not written to memory yet
 		s.way.came.Store(at.now.UnixNano())
 		s.arrivals.Add(uint64(taken))
@@ -41,116 +40,128 @@ func (s *Store) AppendChunk(c tensor.Chunk) error {
 
 // place is where a chunk belongs: the last one's, as a rule.
 type place struct {
-	now     time.Time // when chunks came in, or had waited for room
-	session *sessionState
-	site    tensor.Site
-	total   *siteTotal // nil: not looked up
-	came    *sequence  // nil: the session has ended
+	site  streamKeyOfSite
+	shard *shard // its lock is held; nil: no chunk's yet
+	inlet *inlet
+	now   time.Time // when it was taken, and where the manifest ended: it had no word yet of rows that are appended under it
+	end   position
+}
+
+func (s *Store) lockShard(at *place) {
+	at.shard.mu.Lock()
+	at.now, at.end = time.Now(), *s.logEnd.Load()
+}
+
+func (at *place) unlock() {
+	if at.shard != nil {
+		at.shard.mu.Unlock()
+		at.shard = nil
+	}
 }
 
 func (s *Store) appendChunk(c *tensor.Chunk, at *place) error {
 	if err := segment.CheckRows(c.DType, c.Level, c.First, c.Rows, c.Shape, int64(len(c.Data))); err != nil {
 		return fmt.Errorf("store: append a chunk of request %d, site %d: %w", c.Key.Request, c.Site, err)
 	}
-	if at.session == nil || at.session.Number != c.Key.Session || at.site.ID != c.Site {
-		if err := s.find(c, at); err != nil {
+	if k := (streamKeyOfSite{c.Key.Session, c.Site}); at.shard == nil || at.site != k {
+		if err := s.find(k, at); err != nil {
 			return err
 		}
 	}
-	size := needs(len(c.Data))
-	if err := s.roomFor(max(size+streamOverhead+pieceOverhead, largestBlock), at); err != nil {
-		return err
-	}
 	var own []byte
-	if size > 0 && !s.closed { // room is reserved first: those who wait for it hold none
-		s.buffer.held += size
-		s.mu.Unlock()
+	if size := needs(len(c.Data)); size > 0 { // room is reserved first: those who wait for it hold none
+		for size += streamOverhead + pieceOverhead; !s.buffer.reserve(size); {
+			if err := s.waitForRoom(size, at); err != nil {
+				return err
+			}
+		}
+		at.shard.mu.Unlock()
 		own = s.buffer.own(c.Data)
-		s.mu.Lock()
+		s.lockShard(at)
 	}
-	if s.closed {
-		return fmt.Errorf("store: append a chunk: %w", ErrClosed)
+	for {
+		if s.closed.Load() { // with the lock: whom Close does not stop here, the last flush finds
+			return fmt.Errorf("store: append a chunk: %w", ErrClosed)
+		}
+		lacking := s.buffer.add(at.shard, at.inlet, c, at.end, at.now, own)
+		if lacking == 0 {
+			break
+		}
+		if err := s.waitForRoom(lacking, at); err != nil {
+			return err
+		}
 	}
-	if s.oldest.IsZero() {
-		s.oldest = at.now
-	}
-	s.buffer.add(c, &at.site, at.came, s.logEnd, at.now, own)
-	at.session.busy = true
-	s.count(at, c.DType, c.Level, c.Shape, c.Rows, uint64(len(c.Data)))
+	at.shard.count(at.site.session, at.inlet.total, c.DType, c.Level, c.Shape, c.Rows, uint64(len(c.Data)))
 	if own != nil { // large: it is written while the next is copied
 		s.pokeIfDue()
 	}
 	return nil
 }
 
-// find looks a chunk's session and site up.
-func (s *Store) find(c *tensor.Chunk, at *place) error {
-	session := s.sessions[c.Key.Session]
+// find locks a site's shard, and looks the site up in it, or in its session before anything else came.
+func (s *Store) find(k streamKeyOfSite, at *place) error {
+	at.unlock()
+	h := s.buffer.shard(k)
+	*at = place{now: at.now, site: k, shard: h}
+	s.lockShard(at)
+	if at.inlet = h.inlets[k]; at.inlet != nil {
+		at.inlet.came.next = 0
+		return nil
+	}
+	at.unlock()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	session := s.sessions[k.session]
 	if session == nil {
-		return fmt.Errorf("store: append a chunk of session %d: %w", c.Key.Session, ErrNotFound)
+		return fmt.Errorf("store: append a chunk of session %d: %w", k.session, ErrNotFound)
 	}
-	site, known := session.sites[c.Site]
+	site, known := session.sites[k.site]
 	if !known {
-		return fmt.Errorf("store: append a chunk of site %d of session %s: %w", c.Site, session.ID, ErrNotFound)
+		return fmt.Errorf("store: append a chunk of site %d of session %s: %w", k.site, session.ID, ErrNotFound)
 	}
-	*at = place{now: at.now, session: session, site: site, came: session.came[c.Site]}
-	if at.came == nil && session.Ended.IsZero() {
-		if session.came == nil {
-			session.came = map[uint32]*sequence{}
-		}
-		at.came = new(sequence)
-		session.came[c.Site] = at.came
-	}
-	if at.came != nil {
-		at.came.next = 0
+	session.busy = true
+	at.shard, at.inlet = h, &inlet{keyed: site.Keyed, fill: site.Fill, session: session, total: session.total(k.site)}
+	s.lockShard(at)
+	if session.Ended.IsZero() {
+		at.inlet.came = new(sequence)
+		h.inlets[k] = at.inlet
 	}
 	return nil
 }
 
-func (s *Store) bound() int64 { return int64(s.opt.BufferMiB) << 20 }
-
 // pokeIfDue has the writing goroutine look where there is something for it.
 func (s *Store) pokeIfDue() {
-	if len(s.buffer.ready) > 0 || s.buffer.held > s.bound()*3/4 {
+	if s.buffer.due.Load() || s.buffer.held.Load() > s.buffer.bound*3/4 {
 		s.poke()
 	}
 }
 
-// roomFor waits until the buffer has room for so many bytes more.
-func (s *Store) roomFor(bytes int64, at *place) error {
-	full := func() bool { return !s.closed && s.buffer.held > 0 && s.buffer.held+bytes > s.bound() }
-	if !full() {
-		return nil
-	}
+// waitForRoom waits until the buffer has room for so many bytes more, which others may take before. The shard is left meanwhile, and at.inlet may be looked up no more.
+func (s *Store) waitForRoom(bytes int64, at *place) error {
+	at.shard.mu.Unlock()
+	defer s.lockShard(at)
 	defer s.way.hold()()
-	for full() {
-		if s.failure != nil && (at.session.Mode != "complete" || time.Since(s.failing) > s.opt.FullDiskWait) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for !s.closed.Load() && s.buffer.full(bytes) {
+		if s.failure != nil && (at.inlet.session.Mode != "complete" || time.Since(s.failing) > s.opt.FullDiskWait) {
 			return fmt.Errorf("store: append a chunk: the buffer of %d MiB is full, and %w", s.opt.BufferMiB, s.failure)
 		}
 		s.poke()
 		s.room.Wait()
 	}
-	at.now = time.Now()
+	if s.closed.Load() {
+		return fmt.Errorf("store: append a chunk: %w", ErrClosed)
+	}
 	return nil
 }
 
-// count keeps what SiteTotals tells.
-func (s *Store) count(at *place, dtype tensor.DType, level tensor.Level, shape []int, rows uint32, bytes uint64) {
-	t := at.total
-	if t == nil {
-		if t = at.session.totals[at.site.ID]; t == nil {
-			t = &siteTotal{SiteTotal: SiteTotal{Site: at.site.ID}}
-			at.session.totals[at.site.ID] = t
-		}
-		at.total = t
+// total is where a site's rows are counted. With Store.mu held.
+func (t *sessionState) total(site uint32) *siteTotal {
+	total := t.totals[site]
+	if total == nil {
+		total = &siteTotal{SiteTotal: SiteTotal{Site: site}}
+		t.totals[site] = total
 	}
-	if level != tensor.Stats || t.DType == tensor.DTypeNone {
-		t.DType, t.Shape = dtype, shape
-	}
-	t.Rows += uint64(rows)
-	t.Bytes += bytes
-	if !t.dirty {
-		t.dirty = true
-		s.dirty.totals[streamKeyOfSite{at.session.Number, at.site.ID}] = true
-	}
+	return total
 }

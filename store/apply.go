@@ -28,7 +28,10 @@ func (s *Store) applySessionEnd(e sessionEnd) {
 	if state == nil {
 		return
 	}
-	state.Ended, state.came = e.Ended, nil
+	state.Ended = e.Ended
+	for site := range state.sites {
+		s.buffer.forget(streamKeyOfSite{e.Session, site})
+	}
 	s.dirty.sessions[e.Session] = true
 	s.flight.ended(e.Session)
 	for key := range s.books.open {
@@ -217,7 +220,8 @@ func (s *Store) weigh(e *tensor.Entry) {
 		set.weight = 0
 		for _, site := range set.sites {
 			if t := state.totals[site]; t != nil {
-				set.weight += uint64(tensor.RowBytes(tensor.Full, t.DType, t.Shape))
+				latest := s.buffer.total(e.Key.Session, t, false)
+				set.weight += uint64(tensor.RowBytes(tensor.Full, latest.DType, latest.Shape))
 			}
 		}
 	}

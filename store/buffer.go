@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"container/list"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -11,18 +12,45 @@ import (
 	"dmi/tensor"
 )
 
-// buffer holds rows until enough of a request and site have come together to be worth writing. Guarded by Store.mu.
+// buffer holds rows until enough of a request and site have come together to be worth writing.
 //
 // A stream is a run of rows of one (request, site): open while it may grow, then ready, then being written. It stays in byKey, for
-// readers, until it is in its segment.
+// readers, until it is in its segment, which is when it leaves, with Store.mu held.
+//
+// Sites are spread over shards, each with a lock of its own: who appends rows of one does not keep those waiting who append rows of others. All that they share is
+// how much is held, which changes where memory is taken and not at every row. Locks, in the order they are taken: Store.mu, a shard's, mu. Nobody has two shards'.
 type buffer struct {
-	byKey   map[streamKey][]*stream // in the order they were begun; only the last may be open
-	waiting *list.List              // open streams, oldest first
-	ready   []*stream               // in the order they are to be written
+	shards [bufferShards]*shard
+	held   atomic.Int64 // bytes of memory: rows, what is kept about them, and what chunks that are being copied are going to need
+	bound  int64        // of held
+	enough int64        // bytes at which a stream is ready
+	memory memory
+
+	mu      sync.Mutex
+	ready   []*stream // in the order they are to be written
 	writing []*stream
-	held    int64 // bytes of memory: rows, what is kept about them, and what chunks that are being copied are going to need
-	enough  int64 // bytes at which a stream is ready
-	memory  memory
+	due     atomic.Bool // there are ready ones
+}
+
+const bufferShards = 256 // so many that of two sites at work at the same time hardly ever both are in one
+
+// shard is what is open of some sites.
+type shard struct {
+	mu      sync.Mutex
+	byKey   map[streamKey][]*stream // in the order they were begun; only the last may be open
+	waiting list.List               // open streams, oldest first
+	inlets  map[streamKeyOfSite]*inlet
+	counted []streamKeyOfSite // sites whose totals the next commit has to write
+	_       [64]byte          // the next one is not in the same cache line
+}
+
+// inlet is where a site's rows come in, until its session ends.
+type inlet struct {
+	keyed   bool
+	fill    tensor.Fill
+	session *sessionState
+	total   *siteTotal // of the session's
+	came    *sequence  // nil: the session has ended
 }
 
 type streamKey struct {
@@ -73,7 +101,37 @@ const (
 )
 
 func newBuffer(enough, bound int64) *buffer {
-	return &buffer{byKey: map[streamKey][]*stream{}, waiting: list.New(), enough: enough, memory: memory{spare: bound / 4}}
+	b := &buffer{bound: bound, enough: enough, memory: memory{spare: bound / 4}}
+	for i := range b.shards {
+		b.shards[i] = &shard{byKey: map[streamKey][]*stream{}, inlets: map[streamKeyOfSite]*inlet{}}
+	}
+	return b
+}
+
+// shard is a site's.
+func (b *buffer) shard(k streamKeyOfSite) *shard {
+	return b.shards[(k.site+97*k.session)%bufferShards] // 97: sessions have the same sites
+}
+
+func (k streamKey) ofSite() streamKeyOfSite { return streamKeyOfSite{k.Session, k.site} }
+
+// full reports whether there is no room for so many bytes more. What is larger than the bound has room alone.
+func (b *buffer) full(bytes int64) bool {
+	held := b.held.Load()
+	return held > 0 && held+bytes > b.bound
+}
+
+// reserve counts bytes as held, if there is room for them.
+func (b *buffer) reserve(bytes int64) bool {
+	for {
+		held := b.held.Load()
+		if held > 0 && held+bytes > b.bound {
+			return false
+		}
+		if b.held.CompareAndSwap(held, held+bytes) {
+			return true
+		}
+	}
 }
 
 // needs is the memory that a chunk of so many bytes takes which is to have a piece of its own, and 0 for smaller ones.
@@ -81,13 +139,10 @@ func needs(n int) int64 {
 	if n < smallPiece {
 		return 0
 	}
-	if class, size := memoryClass(n); class < memoryClasses {
-		return int64(size)
-	}
-	return int64(n)
+	return int64(roomOf(n))
 }
 
-// own copies a chunk that is to have a piece of its own, for which as much as it needs is already counted as held. Without Store.mu: it takes its time.
+// own copies a chunk that is to have a piece of its own, for which room is already reserved. Without a lock: it takes its time.
 func (b *buffer) own(data []byte) []byte {
 	return append(b.memory.take(len(data)), data...)
 }
@@ -100,13 +155,13 @@ type sequence struct {
 }
 
 // find is the stream that a chunk may go on, if there is one; q is its site's, nil where nobody keeps one.
-func (b *buffer) find(k streamKey, q *sequence) *stream {
+func (h *shard) find(k streamKey, q *sequence) *stream {
 	if q != nil && q.next < len(q.streams) {
 		if s := q.streams[q.next]; s.place != nil && s.streamKey == k {
 			return s
 		}
 	}
-	if streams := b.byKey[k]; len(streams) > 0 {
+	if streams := h.byKey[k]; len(streams) > 0 {
 		return streams[len(streams)-1]
 	}
 	return nil
@@ -122,39 +177,49 @@ func (q *sequence) went(s *stream) {
 	q.next++
 }
 
-// add takes in a chunk; own is its copy where it is to have a piece of its own.
-func (b *buffer) add(c *tensor.Chunk, site *tensor.Site, q *sequence, at position, now time.Time, own []byte) {
+// add takes in a chunk of a shard's inlet, whose lock is held; own is its copy where it is to have a piece of its own, for which room is reserved, and for a stream's overhead.
+// Where there is no room it takes nothing, and says how much it lacks. The stream is one of those begun at a time, with the manifest at a position, if it is new.
+func (b *buffer) add(h *shard, in *inlet, c *tensor.Chunk, at position, now time.Time, own []byte) (lacking int64) {
 	k := streamKey{c.Key, c.Site}
-	s := b.find(k, q)
+	s := h.find(k, in.came)
 	if s != nil && s.place != nil && !s.takes(c) {
-		b.close(s)
+		b.close(h, s)
 	}
-	if s == nil || s.place == nil {
-		s = &stream{streamKey: k, attempt: c.Attempt, dtype: c.DType, level: c.Level, policy: c.Policy, keyed: site.Keyed, fill: site.Fill, first: c.First, at: at,
-			born: now}
-		s.place = b.waiting.PushBack(s)
-		b.byKey[k] = append(b.byKey[k], s)
-		b.held += streamOverhead
+	begun := s != nil && s.place != nil
+	if own != nil || !begun || !s.join(c) {
+		room, need := 0, int64(0)
+		if !begun {
+			need = streamOverhead
+		}
+		switch {
+		case own == nil:
+			room = len(c.Data)
+			if begun && !s.keyed { // longer and longer ones for streams that go on
+				room = max(room, int(min(s.bytes+int64(room), largestBlock)))
+			}
+			if need += pieceOverhead + int64(roomOf(room)); !b.reserve(need) {
+				return need
+			}
+			own = append(b.memory.take(room), c.Data...)
+		case begun:
+			b.held.Add(-streamOverhead)
+		}
+		if !begun {
+			s = &stream{streamKey: k, attempt: c.Attempt, dtype: c.DType, level: c.Level, policy: c.Policy, keyed: in.keyed, fill: in.fill, first: c.First, at: at, born: now}
+			s.place = h.waiting.PushBack(s)
+			h.byKey[k] = append(h.byKey[k], s)
+		}
+		s.pieces = append(s.pieces, piece{c.First, c.Rows, c.Step, c.LastStep, slices.Clone(c.Shape), own})
 	}
-	if q != nil {
-		q.went(s)
-	}
-	if own == nil {
-		b.join(s, c)
-	} else {
-		b.piece(s, c, own)
+	if in.came != nil {
+		in.came.went(s)
 	}
 	s.rows += c.Rows
 	s.bytes += int64(len(c.Data))
 	if s.bytes >= b.enough {
-		b.close(s)
+		b.close(h, s)
 	}
-}
-
-// piece gives a stream memory that holds a chunk's rows, and is counted as held.
-func (b *buffer) piece(s *stream, c *tensor.Chunk, data []byte) {
-	s.pieces = append(s.pieces, piece{c.First, c.Rows, c.Step, c.LastStep, slices.Clone(c.Shape), data})
-	b.held += pieceOverhead
+	return 0
 }
 
 // weight is about what a stream holds.
@@ -176,53 +241,107 @@ func (s *stream) fixed(shape []int) []int {
 	return shape
 }
 
-// join copies a small chunk to where the one before it lies.
-func (b *buffer) join(s *stream, c *tensor.Chunk) {
-	if n := len(s.pieces); n > 0 {
-		p := &s.pieces[n-1]
-		if slices.Equal(p.shape, c.Shape) && cap(p.data)-len(p.data) >= len(c.Data) {
-			p.data = append(p.data, c.Data...)
-			p.rows += c.Rows
-			p.lastStep = c.LastStep
-			return
-		}
+// join copies a small chunk to where the one before it lies, if there is room.
+func (s *stream) join(c *tensor.Chunk) bool {
+	p := &s.pieces[len(s.pieces)-1]
+	if cap(p.data)-len(p.data) < len(c.Data) || !slices.Equal(p.shape, c.Shape) {
+		return false
 	}
-	room := len(c.Data)
-	if len(s.pieces) > 0 && !s.keyed { // longer and longer ones for streams that go on
-		room = max(room, int(min(s.bytes+int64(room), largestBlock)))
-	}
-	data := append(b.memory.take(room), c.Data...)
-	b.held += int64(cap(data))
-	b.piece(s, c, data)
+	p.data = append(p.data, c.Data...)
+	p.rows += c.Rows
+	p.lastStep = c.LastStep
+	return true
 }
 
-// close makes an open stream ready.
-func (b *buffer) close(s *stream) {
-	b.waiting.Remove(s.place)
+// close makes an open stream ready, with its shard's lock held.
+func (b *buffer) close(h *shard, s *stream) {
+	h.waiting.Remove(s.place)
 	s.place = nil
+	b.mu.Lock()
 	b.ready = append(b.ready, s)
+	b.due.Store(true)
+	b.mu.Unlock()
+}
+
+// oldestOpen is the open stream that was begun first, or nil.
+func (h *shard) oldestOpen() *stream {
+	if e := h.waiting.Front(); e != nil {
+		return e.Value.(*stream)
+	}
+	return nil
+}
+
+// closeWhile makes streams ready that are open when it is called, oldest first, as long as wanted says so of the next one.
+func (b *buffer) closeWhile(wanted func(*stream) bool) {
+	type front struct {
+		*shard
+		born, last time.Time // of its oldest open stream, and of its youngest when this began
+	}
+	var fronts []front // oldest first
+	for _, h := range b.shards {
+		h.mu.Lock()
+		if s := h.oldestOpen(); s != nil {
+			fronts = append(fronts, front{h, s.born, h.waiting.Back().Value.(*stream).born})
+		}
+		h.mu.Unlock()
+	}
+	older := func(f, g front) int { return f.born.Compare(g.born) }
+	slices.SortFunc(fronts, older)
+	for len(fronts) > 0 {
+		f := fronts[0]
+		fronts = fronts[1:]
+		until := f.last // from then on the next shard's are older
+		if len(fronts) > 0 && fronts[0].born.Before(until) {
+			until = fronts[0].born
+		}
+		f.mu.Lock()
+		s := f.oldestOpen()
+		for ; s != nil && !s.born.After(until); s = f.oldestOpen() {
+			if !wanted(s) {
+				f.mu.Unlock()
+				return
+			}
+			b.close(f.shard, s)
+		}
+		f.mu.Unlock()
+		if s != nil && !s.born.After(f.last) {
+			f.born = s.born
+			i, _ := slices.BinarySearchFunc(fronts, f, older)
+			fronts = slices.Insert(fronts, i, f)
+		}
+	}
 }
 
 // closeOlder makes the streams ready that were begun before a time.
 func (b *buffer) closeOlder(than time.Time) {
-	for e := b.waiting.Front(); e != nil && e.Value.(*stream).born.Before(than); e = b.waiting.Front() {
-		b.close(e.Value.(*stream))
-	}
+	b.closeWhile(func(s *stream) bool { return s.born.Before(than) })
 }
 
 // closeOldest makes at least so many bytes ready, oldest streams first, if there are as many.
 func (b *buffer) closeOldest(bytes int64) {
+	b.mu.Lock()
 	for _, s := range b.ready {
 		bytes -= s.weight()
 	}
-	for e := b.waiting.Front(); e != nil && bytes > 0; e = b.waiting.Front() {
-		bytes -= e.Value.(*stream).weight()
-		b.close(e.Value.(*stream))
-	}
+	b.mu.Unlock()
+	b.closeWhile(func(s *stream) bool {
+		wanted := bytes > 0
+		bytes -= s.weight()
+		return wanted
+	})
+}
+
+// left is how many streams are ready.
+func (b *buffer) left() int {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return len(b.ready)
 }
 
 // take moves ready streams of about so many bytes, rows alone, to writing.
 func (b *buffer) take(bytes int64, most int) []*stream {
+	b.mu.Lock()
+	defer b.mu.Unlock()
 	n := 0
 	for ; n < len(b.ready) && n < most && bytes > 0; n++ {
 		bytes -= b.ready[n].bytes
@@ -230,26 +349,32 @@ func (b *buffer) take(bytes int64, most int) []*stream {
 	taken := b.ready[:n:n]
 	b.ready = b.ready[n:]
 	b.writing = append(b.writing, taken...)
+	b.due.Store(len(b.ready) > 0)
 	return taken
 }
 
 // written lets go of a stream that is in its segment.
 func (b *buffer) written(s *stream) {
+	b.mu.Lock()
 	if len(b.writing) > 0 && b.writing[0] == s {
 		b.writing = b.writing[1:]
 	} else if i := slices.Index(b.writing, s); i >= 0 {
 		b.writing = slices.Delete(b.writing, i, i+1)
 	}
-	left := slices.DeleteFunc(b.byKey[s.streamKey], func(o *stream) bool { return o == s })
+	b.mu.Unlock()
+	h := b.shard(s.ofSite())
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	left := slices.DeleteFunc(h.byKey[s.streamKey], func(o *stream) bool { return o == s })
 	if len(left) == 0 {
-		delete(b.byKey, s.streamKey)
+		delete(h.byKey, s.streamKey)
 	} else {
-		b.byKey[s.streamKey] = left
+		h.byKey[s.streamKey] = left
 	}
-	b.held -= streamOverhead + int64(len(s.pieces))*pieceOverhead
+	held := streamOverhead + int64(len(s.pieces))*pieceOverhead
 	for i := range s.pieces {
 		p := &s.pieces[i]
-		b.held -= int64(cap(p.data))
+		held += int64(cap(p.data))
 		if !s.shared {
 			b.memory.give(p.data)
 			p.data = nil
@@ -258,42 +383,144 @@ func (b *buffer) written(s *stream) {
 	if !s.shared {
 		s.pieces = nil // a sequence may still name s
 	}
+	b.held.Add(-held)
 }
 
 // unwritten puts back what could not be written, in its old order.
 func (b *buffer) unwritten() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
 	b.ready = append(b.writing, b.ready...)
 	b.writing = nil
+	b.due.Store(len(b.ready) > 0)
+}
+
+// each calls f for the oldest open stream of each shard, and for all that are not open: in the order in which streams go on, so that none is missed. With Store.mu held none leaves
+// meanwhile.
+func (b *buffer) each(f func(*stream)) {
+	for _, h := range b.shards {
+		h.mu.Lock()
+		if s := h.oldestOpen(); s != nil {
+			f(s)
+		}
+		h.mu.Unlock()
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for _, list := range [...][]*stream{b.ready, b.writing} {
+		for _, s := range list {
+			f(s)
+		}
+	}
 }
 
 // oldest is when the first of the rows still here came; zero: there are none.
 func (b *buffer) oldest() (came time.Time) {
-	if e := b.waiting.Front(); e != nil {
-		came = e.Value.(*stream).born
-	}
-	for _, list := range [...][]*stream{b.ready, b.writing} {
-		for _, s := range list {
-			if came.IsZero() || s.born.Before(came) {
-				came = s.born
-			}
-		}
-	}
+	b.each(func(s *stream) { came = earlier(came, s.born) })
 	return came
 }
 
-// low is the first position of the manifest that may tell of rows still here.
+// earlier is the first of two times, of which a zero one is none.
+func earlier(a, b time.Time) time.Time {
+	if a.IsZero() || !b.IsZero() && b.Before(a) {
+		return b
+	}
+	return a
+}
+
+// low is the first position of the manifest that may tell of rows still here. What tells of rows that come while it looks lies behind end, which is the manifest's.
 func (b *buffer) low(end position) position {
-	if e := b.waiting.Front(); e != nil && e.Value.(*stream).at.before(end) {
-		end = e.Value.(*stream).at
-	}
-	for _, list := range [...][]*stream{b.ready, b.writing} {
-		for _, s := range list {
-			if s.at.before(end) {
-				end = s.at
-			}
+	b.each(func(s *stream) {
+		if s.at.before(end) {
+			end = s.at
 		}
-	}
+	})
 	return end
+}
+
+// requests are those of which there are rows.
+func (b *buffer) requests() map[tensor.RequestKey]bool {
+	requests := map[tensor.RequestKey]bool{}
+	for _, h := range b.shards {
+		h.mu.Lock()
+		for k := range h.byKey {
+			requests[k.RequestKey] = true
+		}
+		h.mu.Unlock()
+	}
+	return requests
+}
+
+// streams is how many requests' rows there are, each site's counted apart.
+func (b *buffer) streams() (n int) {
+	for _, h := range b.shards {
+		h.mu.Lock()
+		n += len(h.byKey)
+		h.mu.Unlock()
+	}
+	return n
+}
+
+// refs calls each for rows of a request and site.
+func (b *buffer) refs(k streamKey, each func(ChunkRef)) {
+	h := b.shard(k.ofSite())
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, s := range h.byKey[k] {
+		s.refs(each)
+	}
+}
+
+// finish makes a request and site's rows ready.
+func (b *buffer) finish(k streamKey) {
+	h := b.shard(k.ofSite())
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if s := h.find(k, nil); s != nil && s.place != nil {
+		b.close(h, s)
+	}
+}
+
+// forget has a site's inlet made anew, if more comes.
+func (b *buffer) forget(k streamKeyOfSite) {
+	h := b.shard(k)
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	delete(h.inlets, k)
+}
+
+// count keeps what SiteTotals tells of a site, with the lock of its shard held.
+func (h *shard) count(session uint32, t *siteTotal, dtype tensor.DType, level tensor.Level, shape []int, rows uint32, bytes uint64) {
+	if level != tensor.Stats || t.DType == tensor.DTypeNone {
+		t.DType, t.Shape = dtype, shape
+	}
+	t.Rows += uint64(rows)
+	t.Bytes += bytes
+	if !t.dirty {
+		t.dirty = true
+		h.counted = append(h.counted, streamKeyOfSite{session, t.Site})
+	}
+}
+
+// total is what was counted of a site; clean: a commit is going to write it.
+func (b *buffer) total(session uint32, t *siteTotal, clean bool) SiteTotal {
+	h := b.shard(streamKeyOfSite{session, t.Site})
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	t.dirty = t.dirty && !clean
+	return t.SiteTotal
+}
+
+// recount moves the sites that were counted since the last commit to those that the next one has to write.
+func (b *buffer) recount(into map[streamKeyOfSite]bool) {
+	for _, h := range b.shards {
+		h.mu.Lock()
+		for _, k := range h.counted {
+			into[k] = true
+		}
+		h.counted = h.counted[:0]
+		h.mu.Unlock()
+	}
 }
 
 // refs are the rows that s holds.

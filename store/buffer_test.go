@@ -44,11 +44,15 @@ func TestBufferKeepsWhatItWasGiven(t *testing.T) {
 				}
 				var own []byte
 				if size := needs(len(c.Data)); size > 0 {
-					b.held += size
+					b.held.Add(size + streamOverhead + pieceOverhead)
 					own = b.own(c.Data)
 				}
-				b.add(&c, &tensor.Site{}, nil, position{}, time.Unix(int64(step), 0), own)
-				streams := b.byKey[streamKey{c.Key, c.Site}]
+				k := streamKey{c.Key, c.Site}
+				h := b.shard(k.ofSite())
+				if lacking := b.add(h, &inlet{}, &c, position{}, time.Unix(int64(step), 0), own); lacking != 0 {
+					t.Fatalf("%d bytes are held, and there is no room for %d", b.held.Load(), lacking)
+				}
+				streams := h.byKey[k]
 				s := streams[len(streams)-1]
 				given[s] = append(given[s], c.Data...)
 				next[r]++
@@ -71,8 +75,8 @@ func TestBufferKeepsWhatItWasGiven(t *testing.T) {
 					t.Fatalf("%d bytes of memory for %d", held, len(data))
 				}
 			}
-			if b.held != held {
-				t.Fatalf("holds %d bytes, says %d", held, b.held)
+			if says := b.held.Load(); says != held {
+				t.Fatalf("holds %d bytes, says %d", held, says)
 			}
 		}
 		for s := range given {
@@ -82,8 +86,8 @@ func TestBufferKeepsWhatItWasGiven(t *testing.T) {
 		for _, s := range b.take(1<<60, 1<<30) {
 			b.written(s)
 		}
-		if b.held != 0 || len(b.byKey) != 0 {
-			t.Fatalf("empty, and holds %d bytes in %d streams", b.held, len(b.byKey))
+		if held, streams := b.held.Load(), b.streams(); held != 0 || streams != 0 {
+			t.Fatalf("empty, and holds %d bytes in %d streams", held, streams)
 		}
 	})
 }

@@ -21,7 +21,7 @@ func (s *Store) sync(last bool) error {
 	begun := time.Now()
 	s.log.Lock()
 	s.mu.Lock()
-	applied := s.logEnd
+	applied := *s.logEnd.Load()
 	p := syncPoint{segment: s.nextSegment, low: s.lowReplacement(s.flight.low(s.buffer.low(applied)))}
 	if s.beginning != 0 { // it may have rows before this is durable
 		p.segment = s.beginning
@@ -32,7 +32,7 @@ func (s *Store) sync(last bool) error {
 	}
 	ch := s.capture(checkpoint{applied: applied, low: p.low, segment: p.segment, end: p.end, next: s.nextSegment})
 	oldest := s.oldest
-	s.oldest, s.oldestInSync = s.buffer.oldest(), oldest // rows that are in no segment yet are not made durable by this
+	s.oldest, s.oldestInSync = time.Time{}, oldest
 	s.mu.Unlock()
 	s.log.Unlock()
 	err := s.syncSegments(open)
@@ -48,8 +48,8 @@ func (s *Store) sync(last bool) error {
 	s.mu.Lock()
 	s.settleCommit(ch, err == nil)
 	s.oldestInSync = time.Time{}
-	if err != nil && !oldest.IsZero() { // what came meanwhile is younger
-		s.oldest = oldest
+	if err != nil {
+		s.oldest = earlier(s.oldest, oldest)
 	}
 	if err == nil {
 		s.metrics.Syncs++
@@ -68,7 +68,7 @@ func (s *Store) syncPoint(p syncPoint, ch *change, last bool) error {
 	s.log.Lock()
 	_, err := s.manifest.append(frameSync, p.encode())
 	s.mu.Lock()
-	s.logEnd = s.manifest.position()
+	s.logMoved()
 	s.mu.Unlock()
 	number, end := s.manifest.number, s.manifest.end
 	s.log.Unlock()
@@ -94,6 +94,7 @@ func (s *Store) syncManifestFile(number uint64) error {
 func (s *Store) capture(p checkpoint) *change {
 	ch := &change{sites: map[uint32][]tensor.Site{}, siteTotals: map[uint32][]SiteTotal{}, lanes: map[laneKey]uint64{}, produced: map[uint32]uint64{},
 		segments: s.pending, gone: s.newGone, expired: map[uint32]uint64{}, sets: s.books.newSets, removed: s.books.removed, checkpoint: p, dirty: s.dirty, lineSet: s.books.dirty}
+	s.buffer.recount(ch.dirty.totals)
 	s.dirty, s.newGone = newDirty(), nil
 	s.books.newSets, s.books.removed, s.books.dirty = nil, map[int64]bool{}, map[*line]tensor.RequestKey{}
 	s.books.removing = ch.removed
@@ -104,9 +105,7 @@ func (s *Store) capture(p checkpoint) *change {
 		ch.sites[k.session] = append(ch.sites[k.session], s.sessions[k.session].sites[k.site])
 	}
 	for k := range ch.dirty.totals {
-		t := s.sessions[k.session].totals[k.site]
-		t.dirty = false
-		ch.siteTotals[k.session] = append(ch.siteTotals[k.session], t.SiteTotal)
+		ch.siteTotals[k.session] = append(ch.siteTotals[k.session], s.buffer.total(k.session, s.sessions[k.session].totals[k.site], true))
 	}
 	for k := range ch.dirty.lanes {
 		ch.lanes[k] = s.lanes[k]
@@ -168,13 +167,11 @@ func (s *Store) settleCommit(ch *change, committed bool) {
 		}
 	}
 	busy := map[tensor.RequestKey]bool{}
+	if len(s.finished) > 0 {
+		busy = s.buffer.requests()
+	}
 	for _, key := range s.books.dirty {
 		busy[key] = true
-	}
-	if len(s.finished) > 0 {
-		for k := range s.buffer.byKey {
-			busy[k.RequestKey] = true
-		}
 	}
 	var later []tensor.RequestKey
 	for _, key := range s.finished {

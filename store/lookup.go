@@ -48,7 +48,9 @@ func (s *Store) SiteTotals(session uint32) ([]SiteTotal, error) {
 	}
 	totals := make([]SiteTotal, 0, len(t.totals))
 	for _, total := range t.totals {
-		totals = append(totals, total.SiteTotal)
+		if total := s.buffer.total(session, total, false); total.Rows > 0 {
+			totals = append(totals, total)
+		}
 	}
 	slices.SortFunc(totals, func(a, b SiteTotal) int { return cmp.Compare(a.Site, b.Site) })
 	return totals, nil

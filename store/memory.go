@@ -29,10 +29,19 @@ func memoryClass(n int) (class, size int) {
 	return 4*(power-1-bits.Len(smallestMemory-1)) + quarter, base + quarter*step
 }
 
+// roomOf is how many bytes take has room for when it is asked for n.
+func roomOf(n int) int {
+	class, size := memoryClass(n)
+	if n < smallestMemory || class >= memoryClasses { // little, of many streams perhaps, or very much
+		return n
+	}
+	return size
+}
+
 // take is empty, and has room for n bytes at least, for whoever asked to use until it is given back.
 func (m *memory) take(n int) []byte {
 	class, size := memoryClass(n)
-	if n < smallestMemory || class >= memoryClasses { // little, of many streams perhaps, or very much
+	if n < smallestMemory || class >= memoryClasses {
 		return make([]byte, 0, n)
 	}
 	m.mu.Lock()
@@ -50,9 +59,12 @@ func (m *memory) take(n int) []byte {
 // give takes back what nobody can see any more.
 func (m *memory) give(room []byte) {
 	class, size := memoryClass(cap(room))
+	if class >= memoryClasses || cap(room) != size {
+		return
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if class < memoryClasses && cap(room) == size && m.idle+int64(size) <= m.spare {
+	if m.idle+int64(size) <= m.spare {
 		m.free[class] = append(m.free[class], room[:0])
 		m.idle += int64(size)
 	}

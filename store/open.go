@@ -146,6 +146,7 @@ func newStore(dir string, o Options) *Store {
 		buffer: newBuffer(int64(o.ChunkKiB)<<10, int64(o.BufferMiB)<<20), sealed: map[uint64]sealedSegment{}, dirty: newDirty(), nextSegment: 1, settledHere: map[uint32]uint64{}, adoptedHere: map[uint32]uint64{},
 		gone: map[uint64]bool{}, made: map[uint64]bool{}, spared: map[uint64]bool{}, kept: map[uint64]bool{}}
 	s.room = sync.NewCond(&s.mu)
+	s.logEnd.Store(&position{})
 	return s
 }
 

@@ -88,14 +88,15 @@ func TestSecondOfTwoSegmentsFails(t *testing.T) {
 	}
 	must(t, s.Barrier(t.Context()))
 	disk.failing.Store(true)
-	const across, after = 5, 10                   // rows
-	one, two := chunk(0, across), chunk(1, after) // the latter is more than a writer has buffers for: its segment's batch cannot end before its first write returns
-	s.mu.Lock()                                   // both are to be found by one flush
-	for i, c := range []*tensor.Chunk{&one, &two} {
-		s.buffer.held += needs(len(c.Data))
-		s.buffer.add(c, &sites[i], nil, s.logEnd, time.Now(), s.buffer.own(c.Data))
+	const across, after = 5, 10                     // rows
+	one, two := chunk(0, across), chunk(1, after)   // the latter is more than a writer has buffers for: its segment's batch cannot end before its first write returns
+	for _, c := range []*tensor.Chunk{&one, &two} { // without waking the writing goroutine: both are to be found by one flush
+		h := s.buffer.shard(streamKeyOfSite{session, c.Site})
+		h.mu.Lock()
+		s.buffer.held.Add(needs(len(c.Data)) + streamOverhead + pieceOverhead)
+		s.buffer.add(h, &inlet{}, c, *s.logEnd.Load(), time.Now(), s.buffer.own(c.Data))
+		h.mu.Unlock()
 	}
-	s.mu.Unlock()
 	if err := s.Barrier(t.Context()); !errors.Is(err, ErrDevice) {
 		t.Errorf("a barrier, with the second of two segments failing: %v", err)
 	}

@@ -56,9 +56,7 @@ func (s *Store) gatherOnce(key tensor.RequestKey, sites []uint32, add func(Chunk
 	s.mu.Lock()
 	generation = s.generation
 	for _, site := range sites {
-		for _, t := range s.buffer.byKey[streamKey{key, site}] {
-			t.refs(add)
-		}
+		s.buffer.refs(streamKey{key, site}, add)
 	}
 	for _, o := range s.open {
 		for _, c := range o.chunks[key] {

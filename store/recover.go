@@ -87,7 +87,7 @@ func (s *Store) recover(write, alone bool) error {
 			return s.replay(at, kind, payload, !at.before(cp.applied))
 		})
 		s.rebuilt.ManifestFiles++
-		s.logEnd = position{n, end}
+		s.logEnd.Store(&position{n, end})
 		if errors.Is(err, errTorn) {
 			err = s.torn(dir, n, end, n == files[len(files)-1], write, err)
 			if end == 0 && n > cp.applied.file { // it never held a frame and is removed: its number is free, and skipped would look like a loss
@@ -107,7 +107,7 @@ func (s *Store) recover(write, alone bool) error {
 		if err := s.manifest.begin(next); err != nil {
 			return explain(doing+": begin a manifest file", err)
 		}
-		s.logEnd = s.manifest.position()
+		s.logMoved()
 	}
 	if alone {
 		if err := s.settle(write); err != nil {
@@ -134,8 +134,8 @@ func (s *Store) ahead(cp checkpoint, files []uint64) bool {
 // startOver empties the catalogue.
 func (s *Store) startOver(write bool, why error) (checkpoint, error) {
 	fresh := newStore(s.dir, s.opt)
-	s.sessions, s.byID, s.lanes, s.runs, s.requests, s.books, s.sealed, s.dirty = fresh.sessions, fresh.byID, fresh.lanes, fresh.runs, fresh.requests, fresh.books,
-		fresh.sealed, fresh.dirty
+	s.sessions, s.byID, s.lanes, s.runs, s.requests, s.books, s.buffer, s.sealed, s.dirty = fresh.sessions, fresh.byID, fresh.lanes, fresh.runs, fresh.requests, fresh.books,
+		fresh.buffer, fresh.sealed, fresh.dirty
 	s.nextSeq = 0
 	s.cat.close()
 	var err error
@@ -328,7 +328,7 @@ func (s *Store) settle(write bool) error {
 			if _, err := s.manifest.append(kind, encodeEntries(entries)); err != nil {
 				return err
 			}
-			s.logEnd = s.manifest.position()
+			s.logMoved()
 		} else if kind != frameCorrect {
 			for _, e := range entries {
 				s.settledHere[e.Key.Session] += rowsOf(&e)

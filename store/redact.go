@@ -129,10 +129,7 @@ func (d *deletion) redact() error {
 func (s *Store) nextManifestFile() (uint64, error) {
 	s.log.Lock()
 	defer s.log.Unlock()
-	s.mu.Lock()
-	closed := s.closed
-	s.mu.Unlock()
-	if closed {
+	if s.closed.Load() {
 		return 0, ErrClosed
 	}
 	if m := s.manifest; m.torn {
@@ -148,7 +145,7 @@ func (s *Store) nextManifestFile() (uint64, error) {
 		return 0, err
 	}
 	s.mu.Lock()
-	s.logEnd = s.manifest.position()
+	s.logMoved()
 	s.mu.Unlock()
 	return s.manifest.number, nil
 }

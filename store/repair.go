@@ -7,7 +7,6 @@ import (
 	"os"
 
 	"dmi/store/segment"
-	"dmi/tensor"
 )
 
 // Repair makes the catalogue of a store that no engine has open anew, from its manifest and segments, and reports what it found: damage that leaves rows out is
@@ -117,7 +116,10 @@ func (s *Store) counted(chunks []segment.Chunk) {
 	for i := range chunks {
 		c := &chunks[i]
 		if session := s.sessions[c.Key.Session]; session != nil {
-			s.count(&place{session: session, site: tensor.Site{ID: c.Site}}, c.DType, c.Level, c.Shape, c.Rows, uint64(c.Length))
+			h := s.buffer.shard(streamKeyOfSite{session.Number, c.Site})
+			h.mu.Lock()
+			h.count(session.Number, session.total(c.Site), c.DType, c.Level, c.Shape, c.Rows, uint64(c.Length))
+			h.mu.Unlock()
 		}
 	}
 }

@@ -17,7 +17,7 @@ import (
 
 // Store is a directory of captured tensors. Its methods are safe for concurrent use.
 //
-// Locks, in the order they are taken: rewriting, log, then mu. What writes files without log and mu is the one goroutine of write.go.
+// Locks, in the order they are taken: rewriting, log, mu, then those of the buffer, which are all that rows need to come in. What writes files without log and mu is the one goroutine of write.go.
 type Store struct {
 	dir      string
 	id       string
@@ -34,8 +34,8 @@ type Store struct {
 	manifest *manifest
 
 	mu           sync.Mutex
-	room         *sync.Cond // AppendChunks waits on it for the buffer to shrink
-	logEnd       position   // of the manifest
+	room         *sync.Cond               // AppendChunks waits on it for the buffer to shrink
+	logEnd       atomic.Pointer[position] // of the manifest; changed with mu held
 	sessions     map[uint32]*sessionState
 	byID         map[string]uint32
 	lanes        map[laneKey]uint64 // records in the manifest
@@ -53,14 +53,14 @@ type Store struct {
 	nextSeq      int64 // of runs and requests
 	failure      error // why writing does not succeed at present
 	failing      time.Time
-	closed       bool
+	closed       atomic.Bool // set with mu held
 	nextSegment  uint64
 	beginning    uint64          // number of a segment whose file is being made, or waits to be the current one; 0: none
 	gone         map[uint64]bool // segments that the catalogue may still know
 	newGone      []goneSegment   // that it has to forget
 	replacements []replacement   // whose files may not have their final names
 	generation   uint64          // counts replacements
-	oldest       time.Time       // of what is not durable and not in the sync under way; zero: all is
+	oldest       time.Time       // of what is in files, not durable, and not in the sync under way; zero: all is
 	oldestInSync time.Time       // of what the sync under way makes durable, if it succeeds; zero: none
 	metrics      Metrics
 
@@ -109,15 +109,14 @@ type Store struct {
 type sessionState struct {
 	tensor.Session
 	sites    map[uint32]tensor.Site
-	optional []uint32 // ascending
-	totals   map[uint32]*siteTotal
-	came     map[uint32]*sequence // by site; none once the session has ended
-	busy     bool                 // rows of it came since the store was opened: more may
+	optional []uint32              // ascending
+	totals   map[uint32]*siteTotal // what they point to is guarded by the lock of the site's shard of the buffer
+	busy     bool                  // rows of it came since the store was opened: more may
 }
 
 type siteTotal struct {
 	SiteTotal
-	dirty bool
+	dirty bool // the next commit is going to be told of it
 }
 
 type laneKey struct {
@@ -195,10 +194,7 @@ func (s *Store) recordAfter(prepare func() error, doing string, kind frameKind, 
 	}
 	s.log.Lock()
 	defer s.log.Unlock()
-	s.mu.Lock()
-	closed := s.closed
-	s.mu.Unlock()
-	if closed {
+	if s.closed.Load() {
 		return fmt.Errorf("store: %s: %w", doing, ErrClosed)
 	}
 	if prepare != nil {
@@ -217,12 +213,18 @@ func (s *Store) recordAfter(prepare func() error, doing string, kind frameKind, 
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.logEnd = s.manifest.position()
+	s.logMoved()
 	if s.oldest.IsZero() {
 		s.oldest = time.Now()
 	}
 	apply(at)
 	return nil
+}
+
+// logMoved takes note of where the manifest ends. With log and mu held.
+func (s *Store) logMoved() {
+	end := s.manifest.position()
+	s.logEnd.Store(&end)
 }
 
 // fail notes that writing does not succeed, once per failure.
@@ -396,11 +398,7 @@ func (s *Store) FinishRequest(key tensor.RequestKey) error {
 		return fmt.Errorf("store: finish a request of session %d: %w", key.Session, ErrNotFound)
 	}
 	for site := range session.sites {
-		if streams := s.buffer.byKey[streamKey{key, site}]; len(streams) > 0 {
-			if last := streams[len(streams)-1]; last.place != nil {
-				s.buffer.close(last)
-			}
-		}
+		s.buffer.finish(streamKey{key, site})
 	}
 	s.poke()
 	return nil
@@ -425,12 +423,11 @@ func (s *Store) Resume(producer string, lane int) uint64 {
 func (s *Store) Close() error {
 	s.log.Lock()
 	s.mu.Lock()
-	if s.closed {
+	if s.closed.Swap(true) {
 		s.mu.Unlock()
 		s.log.Unlock()
 		return nil
 	}
-	s.closed = true
 	s.room.Broadcast()
 	s.mu.Unlock()
 	s.log.Unlock()
@@ -481,7 +478,7 @@ func (s *Store) Stats() Metrics {
 	for _, o := range s.open {
 		m.Chunks += uint64(o.count)
 	}
-	m.Streams, m.BufferBytes, m.BufferBound = len(s.buffer.byKey), uint64(s.buffer.held), uint64(s.opt.BufferMiB)<<20
+	m.Streams, m.BufferBytes, m.BufferBound = s.buffer.streams(), uint64(s.buffer.held.Load()), uint64(s.buffer.bound)
 	m.DurableLag, m.Stalled = s.lagging(), s.ongoing.waiting()
 	for _, rows := range s.books.expired {
 		m.ExpiredRows += rows

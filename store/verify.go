@@ -55,7 +55,7 @@ func (v *verifier) snapshot() {
 	defer s.log.Unlock()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	v.upTo, v.books = s.logEnd, s.books.sum()
+	v.upTo, v.books = *s.logEnd.Load(), s.books.sum()
 	v.inFlight = map[uint32]uint64{}
 	for k, f := range s.flight.steps {
 		v.inFlight[k.session] += uint64(max(0, f.rows))

@@ -104,10 +104,7 @@ func (s *Store) durableLag() time.Duration {
 }
 
 func (s *Store) lagging() time.Duration {
-	since := s.oldestInSync
-	if since.IsZero() {
-		since = s.oldest
-	}
+	since := earlier(earlier(s.oldestInSync, s.oldest), s.buffer.oldest())
 	if since.IsZero() {
 		return 0
 	}

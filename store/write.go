@@ -179,7 +179,7 @@ func (s *Store) condition() error {
 func (s *Store) behind() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return !s.oldest.IsZero()
+	return !earlier(s.oldest, s.buffer.oldest()).IsZero()
 }
 
 // flush writes what is ready, or everything.
@@ -187,21 +187,15 @@ func (s *Store) flush(now time.Time, everything bool) error {
 	if s.failed.Load() {
 		return s.abandon(nil)
 	}
-	s.mu.Lock()
-	bound := int64(s.opt.BufferMiB) << 20
-	s.buffer.closeOlder(now.Add(-s.opt.FlushAge))
-	switch {
-	case everything:
-		s.buffer.closeOldest(1 << 62)
-	case s.buffer.held > bound*3/4:
-		s.buffer.closeOldest(max(s.buffer.held-bound/2, min(batchBytes, bound/4)))
+	b := s.buffer
+	b.closeOlder(now.Add(-s.opt.FlushAge))
+	if held := b.held.Load(); everything {
+		b.closeOldest(1 << 62)
+	} else if held > b.bound*3/4 {
+		b.closeOldest(max(held-b.bound/2, min(batchBytes, b.bound/4)))
 	}
-	left := len(s.buffer.ready)
-	s.mu.Unlock()
-	for left > 0 {
-		s.mu.Lock()
-		streams := s.buffer.take(batchBytes, left)
-		s.mu.Unlock()
+	for left := b.left(); left > 0; {
+		streams := b.take(batchBytes, left)
 		left -= len(streams)
 		if err := s.writeBatch(streams); err != nil {
 			return s.abandon(err)
@@ -293,6 +287,7 @@ func (s *Store) wrote(o *openSegment, parts []*stream, chunks []segment.Chunk, e
 	for _, t := range parts {
 		if t.holds.Add(-1) == 0 {
 			s.buffer.written(t)
+			s.oldest = earlier(s.oldest, t.born)
 		}
 	}
 	s.room.Broadcast()
@@ -334,9 +329,7 @@ func (s *Store) abandon(err error) error {
 		s.current = nil
 	}
 	s.failed.Store(false)
-	s.mu.Lock()
 	s.buffer.unwritten()
-	s.mu.Unlock()
 	if err != nil {
 		err = explainOnce("write a segment", err)
 		s.fail(err)
