@@ -12,6 +12,7 @@ import (
 // AppendChunks takes chunks in their order, copying their Data, to be merged with their neighbours and written. Call it before the rows are booked captured.
 // It blocks while the buffer is full. On an error only the first taken of them have been: the rows of the others are to be booked lost(io). That happens while
 // the disk refuses writes and the buffer is full: at once in best-effort mode, after Options.FullDiskWait in complete mode.
+// Calls with chunks of different sites do not wait for each other.
 func (s *Store) AppendChunks(chunks []tensor.Chunk) (taken int, err error) {
 	if s.readOnly {
 		return 0, errors.New("store: append a chunk: opened for reading only")
@@ -41,10 +42,10 @@ func (s *Store) AppendChunk(c tensor.Chunk) error {
 // place is where a chunk belongs: the last one's, as a rule.
 type place struct {
 	site  streamKeyOfSite
-	shard *shard // its lock is held; nil: no chunk's yet
+	shard *shard // its lock is held; nil: there was no chunk yet
 	inlet *inlet
-	now   time.Time // when it was taken, and where the manifest ended: it had no word yet of rows that are appended under it
-	end   position
+	now   time.Time // when the lock was taken
+	end   position  // where the manifest ended then: it tells of rows that come under the lock behind that
 }
 
 func (s *Store) lockShard(at *place) {
@@ -98,7 +99,7 @@ func (s *Store) appendChunk(c *tensor.Chunk, at *place) error {
 	return nil
 }
 
-// find locks a site's shard, and looks the site up in it, or in its session before anything else came.
+// find locks a site's shard and looks the site up there; the first time, and once its session has ended, in the session.
 func (s *Store) find(k streamKeyOfSite, at *place) error {
 	at.unlock()
 	h := s.buffer.shard(k)
@@ -136,7 +137,7 @@ func (s *Store) pokeIfDue() {
 	}
 }
 
-// waitForRoom waits until the buffer has room for so many bytes more, which others may take before. The shard is left meanwhile, and at.inlet may be looked up no more.
+// waitForRoom waits, without the shard's lock, until the buffer has room for so many bytes more. Others may take it before the caller does.
 func (s *Store) waitForRoom(bytes int64, at *place) error {
 	at.shard.mu.Unlock()
 	defer s.lockShard(at)

@@ -21,10 +21,12 @@ import (
 // how much is held, which changes where memory is taken and not at every row. Locks, in the order they are taken: Store.mu, a shard's, mu. Nobody has two shards'.
 type buffer struct {
 	shards [bufferShards]*shard
-	held   atomic.Int64 // bytes of memory: rows, what is kept about them, and what chunks that are being copied are going to need
-	bound  int64        // of held
-	enough int64        // bytes at which a stream is ready
+	bound  int64 // of held
+	enough int64 // bytes at which a stream is ready
 	memory memory
+	_      [64]byte     // what changes often is not in the cache lines of what everybody reads at every row
+	held   atomic.Int64 // bytes of memory: rows, what is kept about them, and what chunks that are being copied are going to need
+	_      [64]byte
 
 	mu      sync.Mutex
 	ready   []*stream // in the order they are to be written
@@ -177,8 +179,8 @@ func (q *sequence) went(s *stream) {
 	q.next++
 }
 
-// add takes in a chunk of a shard's inlet, whose lock is held; own is its copy where it is to have a piece of its own, for which room is reserved, and for a stream's overhead.
-// Where there is no room it takes nothing, and says how much it lacks. The stream is one of those begun at a time, with the manifest at a position, if it is new.
+// add takes in a chunk that came through an inlet of a shard, whose lock is held. own is its copy where it is to have a piece of its own: room for that, and for what is
+// kept about a piece and a stream, is reserved. now and at are of a stream that begins with it. Where there is no room it takes nothing, and says how many bytes it lacks; else 0.
 func (b *buffer) add(h *shard, in *inlet, c *tensor.Chunk, at position, now time.Time, own []byte) (lacking int64) {
 	k := streamKey{c.Key, c.Site}
 	s := h.find(k, in.came)
@@ -271,7 +273,8 @@ func (h *shard) oldestOpen() *stream {
 	return nil
 }
 
-// closeWhile makes streams ready that are open when it is called, oldest first, as long as wanted says so of the next one.
+// closeWhile makes streams ready that are open when it is called, oldest first, as long as the next one is wanted. It has one shard's lock at a time, as long as no other
+// has older ones.
 func (b *buffer) closeWhile(wanted func(*stream) bool) {
 	type front struct {
 		*shard
@@ -290,7 +293,7 @@ func (b *buffer) closeWhile(wanted func(*stream) bool) {
 	for len(fronts) > 0 {
 		f := fronts[0]
 		fronts = fronts[1:]
-		until := f.last // from then on the next shard's are older
+		until := f.last
 		if len(fronts) > 0 && fronts[0].born.Before(until) {
 			until = fronts[0].born
 		}
@@ -395,8 +398,8 @@ func (b *buffer) unwritten() {
 	b.due.Store(len(b.ready) > 0)
 }
 
-// each calls f for the oldest open stream of each shard, and for all that are not open: in the order in which streams go on, so that none is missed. With Store.mu held none leaves
-// meanwhile.
+// each calls f for the oldest open stream of each shard, and then for all that are not open: a stream goes this way as well, so that none is missed. With Store.mu held,
+// without which none leaves.
 func (b *buffer) each(f func(*stream)) {
 	for _, h := range b.shards {
 		h.mu.Lock()
@@ -428,7 +431,7 @@ func earlier(a, b time.Time) time.Time {
 	return a
 }
 
-// low is the first position of the manifest that may tell of rows still here. What tells of rows that come while it looks lies behind end, which is the manifest's.
+// low is the first position of the manifest that may tell of rows still here. It ended at end before this was called: what tells of rows that come meanwhile lies behind that.
 func (b *buffer) low(end position) position {
 	b.each(func(s *stream) {
 		if s.at.before(end) {
@@ -451,7 +454,7 @@ func (b *buffer) requests() map[tensor.RequestKey]bool {
 	return requests
 }
 
-// streams is how many requests' rows there are, each site's counted apart.
+// streams is of how many requests and sites there are rows.
 func (b *buffer) streams() (n int) {
 	for _, h := range b.shards {
 		h.mu.Lock()

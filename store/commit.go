@@ -32,7 +32,7 @@ func (s *Store) sync(last bool) error {
 	}
 	ch := s.capture(checkpoint{applied: applied, low: p.low, segment: p.segment, end: p.end, next: s.nextSegment})
 	oldest := s.oldest
-	s.oldest, s.oldestInSync = time.Time{}, oldest
+	s.oldest, s.oldestInSync = time.Time{}, oldest // the buffer tells of rows that are in no segment yet, which are not made durable by this
 	s.mu.Unlock()
 	s.log.Unlock()
 	err := s.syncSegments(open)

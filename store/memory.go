@@ -45,11 +45,12 @@ func (m *memory) take(n int) []byte {
 		return make([]byte, 0, n)
 	}
 	m.mu.Lock()
-	defer m.mu.Unlock()
 	list := m.free[class]
 	if len(list) == 0 {
+		m.mu.Unlock() // to make it, and clear it, takes its time
 		return make([]byte, 0, size)
 	}
+	defer m.mu.Unlock()
 	room := list[len(list)-1]
 	m.free[class] = list[:len(list)-1]
 	m.idle -= int64(size)

@@ -17,7 +17,8 @@ import (
 
 // Store is a directory of captured tensors. Its methods are safe for concurrent use.
 //
-// Locks, in the order they are taken: rewriting, log, mu, then those of the buffer, which are all that rows need to come in. What writes files without log and mu is the one goroutine of write.go.
+// Locks, in the order they are taken: rewriting, log, mu, then those of the buffer, which are all that rows take to come in. What writes files without log and mu is the
+// one goroutine of write.go.
 type Store struct {
 	dir      string
 	id       string
