@@ -153,16 +153,16 @@ func TestOldestFirst(t *testing.T) {
 			}
 		}
 		wanted := rapid.IntRange(0, 60).Draw(t, "wanted")
-		b.closeOldest(int64(wanted) * weight)
+		b.closeOldest(time.Time{}, int64(wanted)*weight)
 		if order(); b.left() != min(wanted, open) {
 			t.Fatalf("%d streams are ready, of %d, and %d were wanted", b.left(), open, wanted)
 		}
 		than := time.Unix(rapid.Int64Range(0, 21).Draw(t, "than"), 0)
-		b.closeOlder(than)
+		b.closeOldest(than, 0)
 		if order(); b.left() != max(min(wanted, open), min(open, int(than.Unix())*3)) {
 			t.Fatalf("%d streams are ready, of %d, and those begun before %d were wanted", b.left(), open, than.Unix())
 		}
-		b.closeOldest(1 << 60)
+		b.closeOldest(time.Time{}, 1<<60)
 		if order(); b.left() != open {
 			t.Fatalf("%d streams of %d are ready", b.left(), open)
 		}

@@ -273,9 +273,17 @@ func (h *shard) oldestOpen() *stream {
 	return nil
 }
 
-// closeWhile makes streams ready that are open when it is called, oldest first, as long as the next one is wanted. It has one shard's lock at a time, as long as no other
-// has older ones.
-func (b *buffer) closeWhile(wanted func(*stream) bool) {
+// closeOldest makes the streams ready that were begun before a time, and so many more of the oldest that so many bytes are ready, if there are as many: of those that are open
+// when it is called, oldest first. It has one shard's lock at a time, as long as no other has older ones.
+func (b *buffer) closeOldest(than time.Time, bytes int64) {
+	if bytes > 0 {
+		b.mu.Lock()
+		for _, s := range b.ready {
+			bytes -= s.weight()
+		}
+		b.mu.Unlock()
+	}
+	wanted := func(s *stream) bool { return s != nil && (bytes > 0 || s.born.Before(than)) }
 	type front struct {
 		*shard
 		born, last time.Time // of its oldest open stream, and of its youngest when this began
@@ -283,7 +291,7 @@ func (b *buffer) closeWhile(wanted func(*stream) bool) {
 	var fronts []front // oldest first
 	for _, h := range b.shards {
 		h.mu.Lock()
-		if s := h.oldestOpen(); s != nil {
+		if s := h.oldestOpen(); wanted(s) {
 			fronts = append(fronts, front{h, s.born, h.waiting.Back().Value.(*stream).born})
 		}
 		h.mu.Unlock()
@@ -299,39 +307,17 @@ func (b *buffer) closeWhile(wanted func(*stream) bool) {
 		}
 		f.mu.Lock()
 		s := f.oldestOpen()
-		for ; s != nil && !s.born.After(until); s = f.oldestOpen() {
-			if !wanted(s) {
-				f.mu.Unlock()
-				return
-			}
+		for ; wanted(s) && !s.born.After(until); s = f.oldestOpen() {
+			bytes -= s.weight()
 			b.close(f.shard, s)
 		}
 		f.mu.Unlock()
-		if s != nil && !s.born.After(f.last) {
+		if wanted(s) && !s.born.After(f.last) {
 			f.born = s.born
 			i, _ := slices.BinarySearchFunc(fronts, f, older)
 			fronts = slices.Insert(fronts, i, f)
 		}
 	}
-}
-
-// closeOlder makes the streams ready that were begun before a time.
-func (b *buffer) closeOlder(than time.Time) {
-	b.closeWhile(func(s *stream) bool { return s.born.Before(than) })
-}
-
-// closeOldest makes at least so many bytes ready, oldest streams first, if there are as many.
-func (b *buffer) closeOldest(bytes int64) {
-	b.mu.Lock()
-	for _, s := range b.ready {
-		bytes -= s.weight()
-	}
-	b.mu.Unlock()
-	b.closeWhile(func(s *stream) bool {
-		wanted := bytes > 0
-		bytes -= s.weight()
-		return wanted
-	})
 }
 
 // left is how many streams are ready.

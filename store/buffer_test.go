@@ -57,7 +57,7 @@ func TestBufferKeepsWhatItWasGiven(t *testing.T) {
 				given[s] = append(given[s], c.Data...)
 				next[r]++
 			}
-			b.closeOlder(time.Unix(int64(step-rapid.IntRange(0, 5).Draw(t, "age")), 0))
+			b.closeOldest(time.Unix(int64(step-rapid.IntRange(0, 5).Draw(t, "age")), 0), 0)
 			for _, s := range b.take(1<<40, rapid.IntRange(0, 3).Draw(t, "written")) {
 				if rapid.Bool().Draw(t, "read") { // memory that a reader has is not used again
 					check(s)
@@ -82,7 +82,7 @@ func TestBufferKeepsWhatItWasGiven(t *testing.T) {
 		for s := range given {
 			check(s)
 		}
-		b.closeOldest(1 << 60)
+		b.closeOldest(time.Time{}, 1<<60)
 		for _, s := range b.take(1<<60, 1<<30) {
 			b.written(s)
 		}

@@ -179,7 +179,7 @@ func (s *Store) condition() error {
 func (s *Store) behind() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return !earlier(s.oldest, s.buffer.oldest()).IsZero()
+	return !s.oldest.IsZero() || !s.buffer.oldest().IsZero()
 }
 
 // flush writes what is ready, or everything.
@@ -187,13 +187,13 @@ func (s *Store) flush(now time.Time, everything bool) error {
 	if s.failed.Load() {
 		return s.abandon(nil)
 	}
-	b := s.buffer
-	b.closeOlder(now.Add(-s.opt.FlushAge))
+	b, bytes := s.buffer, int64(0)
 	if held := b.held.Load(); everything {
-		b.closeOldest(1 << 62)
+		bytes = 1 << 62
 	} else if held > b.bound*3/4 {
-		b.closeOldest(max(held-b.bound/2, min(batchBytes, b.bound/4)))
+		bytes = max(held-b.bound/2, min(batchBytes, b.bound/4))
 	}
+	b.closeOldest(now.Add(-s.opt.FlushAge), bytes)
 	for left := b.left(); left > 0; {
 		streams := b.take(batchBytes, left)
 		left -= len(streams)
