@@ -3,7 +3,9 @@ package store
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"fmt"
+	"math"
 	"runtime"
 	"sync"
 	"sync/atomic"
@@ -21,7 +23,7 @@ func TestSitesSideBySide(t *testing.T) {
 	const workers, sites, requests, steps = 8, 48, 6, 60
 	dir := t.TempDir() + "/store"
 	o := small()
-	o.BufferMiB, o.SegmentMiB, o.SegmentTensors, o.FlushAge, o.SyncAge = 2, 16, 2000, 20*time.Millisecond, 20*time.Millisecond
+	o.BufferMiB, o.SegmentMiB, o.SegmentTensors, o.FlushAge, o.SyncAge = 2, 16, 2000, time.Hour, 20*time.Millisecond
 	s := mustOpen(t, dir, o)
 	session, err := s.BeginSession(tensor.Session{ID: "s00000001", Producer: "p"})
 	must(t, err)
@@ -103,8 +105,8 @@ func TestSitesSideBySide(t *testing.T) {
 			check(s, site, turn%requests, before[site], true)
 		}
 	})
-	other(func(turn int) {
-		if err := s.FinishRequest(key(turn % requests)); err != nil {
+	other(func(int) {
+		if err := s.FinishRequest(key(0)); err != nil {
 			t.Error(err)
 		}
 		if m := s.Stats(); m.BufferBytes > m.BufferBound {
@@ -115,6 +117,10 @@ func TestSitesSideBySide(t *testing.T) {
 	writers.Wait()
 	done.Store(true)
 	others.Wait()
+	must(t, s.Barrier(t.Context()))
+	if m := s.Stats(); m.BufferBytes != 0 || m.Streams != 0 {
+		t.Errorf("the buffer holds %d bytes of %d streams, and all is written", m.BufferBytes, m.Streams)
+	}
 	must(t, s.Close())
 	s = mustOpen(t, dir, o)
 	defer s.Close()
@@ -130,6 +136,53 @@ func TestSitesSideBySide(t *testing.T) {
 		for r := range requests {
 			check(s, int(total.Site), r, steps, true)
 		}
+	}
+}
+
+// TestCloseWhileRowsCome: what a call has appended before another closes the store is kept, and nothing else.
+func TestCloseWhileRowsCome(t *testing.T) {
+	const sites = 8
+	for round := range 20 {
+		dir := t.TempDir() + "/store"
+		s := mustOpen(t, dir, Options{HeaderKiB: 64, FlushAge: time.Hour})
+		session, err := s.BeginSession(tensor.Session{ID: "s00000001", Producer: "p"})
+		must(t, err)
+		known := make([]tensor.Site, sites)
+		for i := range known {
+			known[i] = tensor.Site{ID: uint32(i), Name: fmt.Sprint("site", i)}
+		}
+		must(t, s.AddSites(session, known))
+		key := tensor.RequestKey{Session: session, Request: 1}
+		var taken [sites]uint32
+		var appenders sync.WaitGroup
+		for site := range taken {
+			appenders.Go(func() {
+				for ; ; taken[site]++ {
+					if err := s.AppendChunk(tensor.Chunk{Key: key, Site: uint32(site), First: taken[site], Rows: 1, DType: tensor.U8, Shape: []int{8}, Data: make([]byte, 8)}); err != nil {
+						if !errors.Is(err, ErrClosed) {
+							t.Error(err)
+						}
+						return
+					}
+				}
+			})
+		}
+		time.Sleep(time.Duration(round) * 100 * time.Microsecond)
+		must(t, s.Close())
+		appenders.Wait()
+		s = mustOpen(t, dir, Options{HeaderKiB: 64})
+		for site, rows := range taken {
+			refs, err := s.Chunks(key, uint32(site), 0, math.MaxUint32)
+			must(t, err)
+			kept := uint32(0)
+			for _, ref := range refs {
+				kept += ref.Rows
+			}
+			if kept != rows {
+				t.Errorf("site %d: %d rows are kept, of %d that were taken", site, kept, rows)
+			}
+		}
+		must(t, s.Close())
 	}
 }
 
