@@ -159,9 +159,9 @@ func FuzzRing(f *testing.F) {
 				*traffic.p.Control(uint64(at%10) * ring.WordSize) += uint64(v % 3)
 			}
 		}
+		traffic.p.Lenient = true
 		s := &producedSink{sites: traffic.sites}
 		e := startEngine(t, traffic.p, s, func(level, code, message string) {}, drain.Options{TensorBytes: 1 << 20})
-		traffic.p.Lenient = true
 		traffic.p.StartPump()
 		for range 12 {
 			traffic.runStep(traffic.p.Lanes[traffic.IntN(2)], nil) // what finds no room any more is not sent

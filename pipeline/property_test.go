@@ -136,11 +136,16 @@ type echo struct {
 	pipeline.Store
 	mu    sync.Mutex
 	shown map[string]int // that the store has not been given
+	lied  bool           // by a producer that may say that bytes are there before they are: they may change from one reading to the next
 	wrong string
 }
 
 func (o *echo) name(c *tensor.Chunk) string {
-	return fmt.Sprint(c.Key, c.Site, c.Attempt, c.First, c.Rows, c.Step, c.DType, c.Level, c.Shape, crc32.ChecksumIEEE(c.Data))
+	sum := uint32(0)
+	if !o.lied {
+		sum = crc32.ChecksumIEEE(c.Data)
+	}
+	return fmt.Sprint(c.Key, c.Site, c.Attempt, c.First, c.Rows, c.Step, c.DType, c.Level, c.Shape, sum)
 }
 
 func (o *echo) Publish(_ uint32, chunks []tensor.Chunk) {
@@ -208,7 +213,7 @@ func startRuledEngine(t interface{ Fatal(...any) }, p *ringtape.Producer, s engi
 	o.Manifest, o.Sites, o.Event = s, func([]ring.Site) error { return nil }, events
 	e := &engine{ring: r, bell: bell, done: make(chan error, 1), t: t}
 	e.drain = drain.New(r, bell, items, o)
-	e.live = &echo{Store: s, shown: map[string]int{}}
+	e.live = &echo{Store: s, shown: map[string]int{}, lied: p.Lenient}
 	e.pipeline = pipeline.New(pipeline.Options{Session: 1, Store: e.live, Live: e.live, Event: events, ShareBytes: 1 << rand.IntN(21), Rules: rules})
 	go func() {
 		failed := make(chan error, 1)
