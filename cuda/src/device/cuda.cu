@@ -24,10 +24,12 @@ constexpr uint32_t kThreads = 256;
 static_assert(kThreads / 32 <= kMostWarps);
 // A copy engine serves one stream until that has nothing left for it, whoever else waits: the model's own copies too, of the tokens that it
 // sampled. So it gets bursts of 40 us, or as many small copies as take about that, and nothing more before it is through with one: in the
-// gap others have their turn. Only where the payload ring is nearly full draining it comes first.
+// gap others have their turn. Draining comes first where the payload ring is nearly full, and in complete mode where much is to be copied:
+// the model is going to wait for that.
 constexpr uint64_t kBurst = 2 << 20;
 constexpr uint32_t kPieces = 32;
-constexpr size_t kQueued = 4;             // bursts, then
+constexpr size_t kQueued = 4;  // bursts, then
+constexpr uint64_t kMuch = 16 << 20;
 constexpr uint64_t kLookNs = 10'000'000;  // after so long without an end of a burst the stream is asked whether it has failed
 constexpr bool nearly_full(uint64_t used, uint64_t capacity) { return used > capacity / 4 * 3; }
 constexpr uint64_t kAhead = 4;                    // steps that the host may be ahead of the device in complete mode
@@ -244,6 +246,7 @@ class Cuda final : public Device {
   void give_burst();
   cudaError_t tell_end(uint64_t burst);
   std::deque<Piece> waiting_;
+  uint64_t waiting_bytes_ = 0;
   std::deque<uint64_t> bursts_;        // copies that end in each
   uint64_t burst_ = 0, complete_ = 0;  // bursts that were given, copies that are complete
   uint64_t looked_ns_ = 0;             // when the stream was last asked how it is
@@ -448,6 +451,7 @@ void Cuda::capture(const dmi_tensor* tensors, uint32_t count, const dmi_site* si
 
 bool Cuda::begin_copy(std::byte* staging, uint64_t payload, uint64_t bytes) {
   if (failed_) return false;
+  waiting_bytes_ += bytes;
   do {  // a copy of nothing is a piece too
     const uint64_t at = payload % header_.payload_bytes, n = std::min({bytes, header_.payload_bytes - at, kBurst});
     waiting_.push_back({staging, at, n, n == bytes});
@@ -462,7 +466,8 @@ bool Cuda::begin_copy(std::byte* staging, uint64_t payload, uint64_t bytes) {
 // Gives the copy engine what it may have.
 void Cuda::copy_on() {
   const uint64_t head = payload_head(), tail = load_acquire(mapping_.control().payload_tail.value);
-  const size_t most = head > tail && nearly_full(head - tail, header_.payload_bytes) ? kQueued : 1;
+  const bool behind = head > tail && nearly_full(head - tail, header_.payload_bytes);
+  const size_t most = behind || (header_.mode == DMI_MODE_COMPLETE && waiting_bytes_ > kMuch) ? kQueued : 1;
   while (!failed_ && !waiting_.empty() && bursts_.size() < most) give_burst();
 }
 
@@ -473,6 +478,7 @@ void Cuda::give_burst() {
   for (uint32_t n = 0; n < kPieces && !waiting_.empty() && bytes + waiting_.front().bytes <= kBurst && status == cudaSuccess; ++n) {
     const Piece piece = waiting_.front();
     waiting_.pop_front();
+    waiting_bytes_ -= piece.bytes;
     if (piece.bytes != 0) status = cudaMemcpyAsync(piece.to, payload_ + piece.at, piece.bytes, cudaMemcpyDeviceToHost, copies_);
     bytes += piece.bytes;
     copies += piece.last ? 1 : 0;
