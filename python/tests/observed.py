@@ -123,14 +123,14 @@ class Ledger:
         self.latest: list[int] = []
         self._steps = 0
 
-    def begin(self, count: int, *, tokens: Any = None, hidden: bool = False, names: Any = (), labels: Any = None, tags: Any = ()) -> list[int]:
+    def begin(self, count: int, *, tokens: Any = None, hidden: bool = False, names: Any = (), labels: Any = (), tags: Any = ()) -> list[int]:
         numbers = list(range(len(self.tokens), len(self.tokens) + count))
         for i, number in enumerate(numbers):
             self.tokens[number] = None if tokens is None else tokens[i]
             if hidden:
                 self.hidden.add(number)
             self.names[number] = names[i] if names else ""
-            self.labels[number] = dict(labels or {})
+            self.labels[number] = labels[i] if labels else {}
         return numbers
 
     def update(self, request: int, *, tokens: Any = None, path: Any = None) -> None:

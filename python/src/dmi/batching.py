@@ -195,7 +195,7 @@ class Batches:
                 del self._named[next(iter(self._named))]
             options = told(key, options_of(state.logit_processor_kwargs))
             labels = {**options.labels, LABEL: key[:LABEL_LENGTH]}
-            (number,) = self._requests.begin(1, names=names, labels=labels, tags=options.tags)
+            (number,) = self._requests.begin(1, names=names, labels=[labels], tags=[options.tags])
             one = known[key] = _Served(number, state, flags=SPAN_CHOSEN if options.chosen else 0)
         one.state = state
         return one

@@ -148,7 +148,7 @@ class Generations:
         self._named.update(dict.fromkeys(names))
         if len(self._named) > IDS_KEPT:
             del self._named[next(iter(self._named))]
-        return self._requests.begin(count, hidden=hidden, names=names, labels=labels, tags=options.tags)
+        return self._requests.begin(count, hidden=hidden, names=names, labels=[labels] * count, tags=[options.tags] * count)
 
     def opened(self, generation: Generation, columns: int, step: int) -> None:
         """The forward's step is open; its next tokens will stand in that column of the sequences."""

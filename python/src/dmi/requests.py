@@ -166,11 +166,11 @@ class Requests(Sequence[str]):
 
     def begin(
         self, count: int, *, tokens: Sequence[list[int] | None] | None = None, hidden: bool = False, names: Sequence[str] = (),
-        labels: Mapping[str, str] | None = None, tags: Sequence[str] = (),
+        labels: Sequence[dict[str, str]] = (), tags: Sequence[list[str]] = (),
     ) -> list[int]:  # fmt: skip
         """Requests that begin together, to be told before the first step that has rows of them; returns their numbers.
         `hidden`: not listed (a beam's slot). `names`: ids, where somebody else gave them; they are this session's only once,
-        and one that the engine would not take (`ID_BYTES`) is replaced by one of ours. `labels`, `tags`: of each, to find them by."""
+        and one that the engine would not take (`ID_BYTES`) is replaced by one of ours. `labels`, `tags`: of each, to find them by; not changed any more."""
         with self.lock:
             run = self._entered.get() or (self._open[-1] if self._open else self._own)
             if run.ended_ns:
@@ -183,7 +183,7 @@ class Requests(Sequence[str]):
                 else:
                     name, run.count = names[index] if names and _can_be_id(names[index]) else f"{run.id}.{run.count}", run.count + 1
                     self._list(run, name)
-                request = _Request(next(self._numbers), name, run, now, hidden, None if tokens is None else tokens[index], dict(labels or {}), list(tags))
+                request = _Request(next(self._numbers), name, run, now, hidden, None if tokens is None else tokens[index], labels[index] if labels else {}, tags[index] if tags else [])
                 self._requests[request.number] = request
                 batch.append(request)
             if self._groups is not None:

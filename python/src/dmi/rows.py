@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -25,7 +25,7 @@ class Requests(Protocol):
 
     def begin(
         self, count: int, *, tokens: Sequence[list[int] | None] | None = None, hidden: bool = False, names: Sequence[str] = (),
-        labels: Mapping[str, str] | None = None, tags: Sequence[str] = (),
+        labels: Sequence[dict[str, str]] = (), tags: Sequence[list[str]] = (),
     ) -> list[int]: ...  # fmt: skip
     def update(
         self, request: int, *, tokens: list[int] | None = None, path: list[tuple[int, int, int]] | None = None

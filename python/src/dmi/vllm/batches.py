@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from dmi._abi import SPAN_CACHED, SPAN_CHOSEN, SPAN_DRAFT, SPAN_REJECTED
-from dmi.options import options_of
+from dmi.options import Options, options_of
 from dmi.requests import IDS_KEPT, Requests
 from dmi.rows import DECODE, PREFILL, SPANS
 from dmi.sites import LOGITS, TOKENS
@@ -147,29 +147,40 @@ class Batches:
     # -------------------------------------------------------------- who comes and goes
     def begin(self, arrivals: Iterable[Any]) -> None:
         """Requests that the scheduler tells of for the first time, or once more: resumed, or with a longer prompt. `arrivals`: vLLM's NewRequestData."""
+        new: list[tuple[Any, Options]] = []
         for data in arrivals:
-            known = getattr(data, "prefill_token_ids", None) or data.prompt_token_ids or []
             self._leave()
             sequence = self._sequences.get(data.req_id)
             if sequence is None:
-                sequence = self._sequences[data.req_id] = self._begin(data)
-            elif len(data.prompt_token_ids or ()) > sequence.prompt:
-                sequence.prompt, sequence.over = len(data.prompt_token_ids), False
-                sequence.most = self._most(sequence.prompt, data.sampling_params)
-            if len(known) > len(sequence.tokens):
-                sequence.tokens = list(known)
+                new.append((data, self._options(data)))
+            else:
+                if len(data.prompt_token_ids or ()) > sequence.prompt:
+                    sequence.prompt, sequence.over = len(data.prompt_token_ids), False
+                    sequence.most = self._most(sequence.prompt, data.sampling_params)
+                self._know(sequence, data)
+        if not new:
+            return
+        numbers = self._requests.begin(len(new), names=[self._name(data.req_id) for data, _ in new], tags=[options.tags for _, options in new],
+                                       labels=[{**options.labels, LABEL: data.req_id[:LABEL_LENGTH]} for data, options in new])  # fmt: skip
+        for number, (data, options) in zip(numbers, new, strict=True):
+            embedded = getattr(data, "prompt_embeds", None)
+            prompt = len(data.prompt_token_ids) if data.prompt_token_ids is not None else len(embedded) if embedded is not None else 0
+            parameters = data.sampling_params
+            stops = {getattr(parameters, "eos_token_id", None), *(getattr(parameters, "stop_token_ids", None) or ())} - {None}
+            sequence = _Sequence(number, prompt, [], SPAN_CHOSEN if options.chosen else 0, self._most(prompt, parameters), frozenset(stops))
+            self._sequences[data.req_id] = sequence
+            self._know(sequence, data)
 
-    def _begin(self, data: Any) -> _Sequence:
-        embedded = getattr(data, "prompt_embeds", None)
-        prompt = len(data.prompt_token_ids) if data.prompt_token_ids is not None else len(embedded) if embedded is not None else 0
-        parameters = data.sampling_params
-        options = options_of(getattr(parameters, "extra_args", None))
+    def _know(self, sequence: _Sequence, data: Any) -> None:
+        known = getattr(data, "prefill_token_ids", None) or data.prompt_token_ids or []
+        if len(known) > len(sequence.tokens):
+            sequence.tokens = list(known)
+
+    def _options(self, data: Any) -> Options:
+        options = options_of(getattr(data.sampling_params, "extra_args", None))
         if options.wrong:
             log.warning("DMI: request %s: nothing of it is captured: %s", data.req_id, options.wrong)
-        labels = {**options.labels, LABEL: data.req_id[:LABEL_LENGTH]}
-        (number,) = self._requests.begin(1, names=[self._name(data.req_id)], labels=labels, tags=options.tags)
-        stops = {getattr(parameters, "eos_token_id", None), *(getattr(parameters, "stop_token_ids", None) or ())} - {None}
-        return _Sequence(number, prompt, [], SPAN_CHOSEN if options.chosen else 0, self._most(prompt, parameters), frozenset(stops))
+        return options
 
     def _most(self, prompt: int, parameters: Any) -> int | None:
         wanted = getattr(parameters, "max_tokens", None)

@@ -155,7 +155,8 @@ class _Hook:
 def _remade(module: Any, tensor: Tensor) -> Tensor:
     """The same bits, as an ordinary result that the compiler makes together with what else reads the tensor: a copy is a kernel of its own."""
     bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    return (tensor.view(bits) | module.dmi_zero).view(tensor.dtype)
+    same: Tensor = (tensor.view(bits) | module.dmi_zero).view(tensor.dtype)
+    return same
 
 
 def _capture(module: Any) -> None:
