@@ -11,14 +11,19 @@ import (
 const niceness = 5
 
 var lower = sync.OnceFunc(func() {
-	tasks, err := os.ReadDir("/proc/self/task")
-	if err != nil { // of a niceness nothing depends
-		return
-	}
-	for _, task := range tasks { // each thread has one of its own, which those that it starts inherit
-		if id, err := strconv.Atoi(task.Name()); err == nil {
+	for changed := true; changed; { // threads inherit it from those that start them, who may not have had it yet
+		tasks, err := os.ReadDir("/proc/self/task")
+		if err != nil { // nothing depends on it
+			return
+		}
+		changed = false
+		for _, task := range tasks {
+			id, err := strconv.Atoi(task.Name())
+			if err != nil {
+				continue
+			}
 			if now, err := syscall.Getpriority(syscall.PRIO_PROCESS, id); err == nil && 20-now < niceness { // the system call gives 20 less it
-				_ = syscall.Setpriority(syscall.PRIO_PROCESS, id, niceness)
+				changed = syscall.Setpriority(syscall.PRIO_PROCESS, id, niceness) == nil || changed
 			}
 		}
 	}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dmi.options import Options, options_of
-from dmi.requests import ID_BYTES, Requests, new_run
+from dmi.requests import ID_BYTES, UNCONFIRMED, Requests, new_run
 from dmi.vllm import reference, status
 from dmi.vllm.batches import LABEL, Batches, name_of
 from dmi.vllm.memory import Memory
@@ -67,6 +67,26 @@ def test_names() -> None:
     assert name_of("cmpl-77-0-0a1b2c3d") == "cmpl-77"
     assert name_of("cmpl-77-1-0a1b2c3d") == "cmpl-77-1"
     assert name_of("request-0") == "request-0" and name_of("x") == "x"
+
+
+def test_what_the_engine_is_told_goes_out_together() -> None:
+    """In the order in which it came, and before whatever says that all so far is to be durable."""
+    requests = Requests(new_run(None, ()))
+    sent: list[list[str]] = []
+    requests.send = lambda *messages: sent.append([message["type"] for message in messages])
+    requests.crowded = lambda: sent.append(["crowded"])
+    requests.hold()
+    first, second = requests.begin(2, names=["a", "b"], labels=[{"x": "1"}, {}], tags=[["t"], []])
+    requests.end(first)
+    assert sent == []
+    requests.release()
+    requests.end(second)
+    assert sent == [["requests", "request_end"], ["request_end"]]
+    requests.hold()
+    for number in requests.begin(UNCONFIRMED):
+        requests.end(number)
+    told, crowded, rest = sent[2], sent[3], sent[4:]
+    assert told == ["requests"] + ["request_end"] * (UNCONFIRMED - 2) and crowded == ["crowded"] and rest == [["request_end"]] * 2
 
 
 @pytest.mark.parametrize("name", ["", "x" * (ID_BYTES + 1), "a\nb", "a\x7f", "\udc80", "\ufffd"])

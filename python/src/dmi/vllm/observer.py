@@ -76,7 +76,7 @@ class Observer:
             if aborted:
                 self._hooks.clear()
             self._ring.close_step(self._step, aborted=aborted)
-            self._requests.release()
+        self._requests.release()
 
     def asked(self) -> Asked:
         """What to give `sampled` for the last step."""
