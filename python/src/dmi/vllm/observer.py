@@ -43,14 +43,11 @@ class Observer:
         self._requests.hold()
         news = self._batches.learn()
         self._batches.finish(output.finished_req_ids)
-        if news and output.total_num_scheduled_tokens == 0:  # no table comes to tell it
-            self._judge()
-            news = False
-        if not news:
-            self._batches.tell_finished(self._step)
         self._batches.begin(output.scheduled_new_reqs)
-        if output.total_num_scheduled_tokens == 0:
-            self._requests.release()
+        if output.total_num_scheduled_tokens == 0:  # no table comes to tell the news, no step closes
+            if news:
+                self._judge()
+            self._tell()
 
     def open(self, batch: Batch) -> None:
         """The model is about to run over a batch."""
@@ -65,7 +62,6 @@ class Observer:
             self._step = self._requests.next_step()
             self._ring.open_step(self._step, self._table, width=(0, 0, 0), packed=True)
         self._opened = True
-        self._batches.tell_finished(self._step)
         if not self._later:
             self._requests.release()
 
@@ -76,6 +72,12 @@ class Observer:
             if aborted:
                 self._hooks.clear()
             self._ring.close_step(self._step, aborted=aborted)
+            self._tell()
+
+    def _tell(self) -> None:
+        """The engine is told who is over, and what was held."""
+        self._requests.hold()
+        self._batches.tell_finished(self._step)
         self._requests.release()
 
     def asked(self) -> Asked:
