@@ -37,7 +37,7 @@ from dmi.vllm.observer import Observer  # noqa: E402
 from ringreader import RingReader  # noqa: E402
 
 PROMPT = 16
-PARTS = ("scheduled", "open", "close", "sampled")
+PARTS = ("scheduled", "open", "launched", "close", "sampled")
 AHEAD = PARTS[:2]
 
 
@@ -76,7 +76,7 @@ def measure(batch: int, steps: int, text: str, changing: int, send: Callable[...
         counts = {request.req_id: 1 if at else PROMPT for request, at in zip(going, computed.tolist(), strict=True)}
         ids, tokens = [request.req_id for request in going], [[7] for _ in going]
         for part in PARTS:
-            args: tuple[Any, ...] = {"scheduled": (output,), "open": (Batch(ids, [counts[key] for key in ids], computed),), "close": (),
+            args: tuple[Any, ...] = {"scheduled": (output,), "open": (Batch(ids, [counts[key] for key in ids], computed),), "launched": (), "close": (),
                                      "sampled": (observer.asked(), ids, tokens)}[part]  # fmt: skip
             kwargs, call = {"aborted": False} if part == "close" else {}, getattr(observer, part)
             before = time.perf_counter()

@@ -17,6 +17,14 @@ import (
 	"dmi/tensor"
 )
 
+func manySites(n int) []tensor.Site {
+	sites := make([]tensor.Site, n)
+	for i := range sites {
+		sites[i] = tensor.Site{ID: uint32(i), Name: fmt.Sprint("site", i)}
+	}
+	return sites
+}
+
 // TestSitesSideBySide appends rows of many sites at once, little and large ones, to a buffer that they fill again and again, while others read, ask for what was appended to
 // be durable, and finish requests: what a call has appended is there for who asks then, a barrier leaves none of what came before it in the buffer, and its bound holds.
 func TestSitesSideBySide(t *testing.T) {
@@ -27,11 +35,7 @@ func TestSitesSideBySide(t *testing.T) {
 	s := mustOpen(t, dir, o)
 	session, err := s.BeginSession(tensor.Session{ID: "s00000001", Producer: "p"})
 	must(t, err)
-	known := make([]tensor.Site, sites)
-	for i := range known {
-		known[i] = tensor.Site{ID: uint32(i), Name: fmt.Sprint("site", i)}
-	}
-	must(t, s.AddSites(session, known))
+	must(t, s.AddSites(session, manySites(sites)))
 	key := func(r int) tensor.RequestKey { return tensor.RequestKey{Session: session, Request: uint64(r)} }
 	width := func(site int) int { return []int{32, 32, 32, 600, smallPiece + 64}[site%5] }
 	row := func(site, request int, position uint32) []byte {
@@ -147,11 +151,7 @@ func TestCloseWhileRowsCome(t *testing.T) {
 		s := mustOpen(t, dir, Options{HeaderKiB: 64, FlushAge: time.Hour})
 		session, err := s.BeginSession(tensor.Session{ID: "s00000001", Producer: "p"})
 		must(t, err)
-		known := make([]tensor.Site, sites)
-		for i := range known {
-			known[i] = tensor.Site{ID: uint32(i), Name: fmt.Sprint("site", i)}
-		}
-		must(t, s.AddSites(session, known))
+		must(t, s.AddSites(session, manySites(sites)))
 		key := tensor.RequestKey{Session: session, Request: 1}
 		var taken [sites]uint32
 		var appenders sync.WaitGroup
@@ -235,11 +235,7 @@ func BenchmarkAppendOfManySites(b *testing.B) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	known := make([]tensor.Site, sites)
-	for i := range known {
-		known[i] = tensor.Site{ID: uint32(i), Name: fmt.Sprint("site", i)}
-	}
-	if err := s.AddSites(session, known); err != nil {
+	if err := s.AddSites(session, manySites(sites)); err != nil {
 		b.Fatal(err)
 	}
 	workers := runtime.GOMAXPROCS(0)

@@ -10,13 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dmi import HookError
+from dmi import HookError, native
 from dmi._abi import SPAN_CACHED, SPAN_DRAFT, SPAN_NO_ROWS, SPAN_REJECTED
+from dmi.instrument import Plan
 from dmi.requests import Requests, new_run
 from dmi.rows import DECODE, PREFILL, SPANS
 from dmi.sites import LOGITS, TOKENS
 from dmi.vllm import plugin, runners
 from dmi.vllm.batches import Batch, Batches
+from dmi.vllm.hooks import Arrangement
+from dmi.vllm.observer import Observer
 from dmi.vllm.settings import asked_for
 from observed import fresh_seed
 
@@ -285,7 +288,7 @@ class SecondRunner:
 
 @pytest.mark.parametrize("kind", [FirstRunner, SecondRunner])
 def test_where_runners_call(kind: Any) -> None:
-    """A step opens with its batch before the model runs and closes when its logits are there; what was sampled comes once; dummy runs are nothing."""
+    """A step opens with its batch before the model runs, is launched when it has, and closes when its logits are there; what was sampled comes once; dummy runs are nothing."""
     calls: list[Any] = []
     asked = {"a": None}
 
@@ -304,7 +307,7 @@ def test_where_runners_call(kind: Any) -> None:
         getattr(result, "get_output", lambda: None)()
     batch = calls[2][1]
     assert [list(values) for values in (batch.ids, batch.counts, batch.positions, batch.drafts)] == [["a", "b"], [3, 2], [4, 0], [2, 0]]
-    expected = ["loaded", ("scheduled", output), ("open", batch), ("close", False), ("asked",), ("sampled", asked, ["a", "b"], [[5, 6], []])]
+    expected = ["loaded", ("scheduled", output), ("open", batch), ("launched",), ("close", False), ("asked",), ("sampled", asked, ["a", "b"], [[5, 6], []])]
     assert calls == expected
     calls.clear()
     if kind is SecondRunner:
@@ -316,3 +319,39 @@ def test_where_runners_call(kind: Any) -> None:
             runner.execute_model(output)
         assert [call[0] for call in calls] == ["scheduled", "open", "close"] and calls[-1] == ("close", True)
     assert not runners.known(SimpleNamespace(load_model=None))
+
+
+@pytest.mark.parametrize("later", [True, False], ids=["the forward is launched", "the forward is waited for"])
+@pytest.mark.parametrize("end", ["launched", "aborted"])
+def test_when_the_engine_is_told_of_requests(later: bool, end: str) -> None:
+    """All together: on a GPU behind the forward's launch, else before it, and where a forward fails all the same; who is over behind it."""
+    ring = native.Ring(mode="best-effort")
+    ring.add_site("site", layer=None, space=0, roles=(1, 2))
+    requests = Requests(new_run(None, ()))
+    sent: list[list[str]] = []
+    requests.send = lambda *messages: sent.append([message["type"] for message in messages])
+    model: Any = SimpleNamespace(config=None)
+    observer = Observer(SimpleNamespace(max_model_len=None), model, Arrangement(model, Plan(()), 1), ring, [], requests)
+    observer._later = later
+
+    def step(arrivals: list[str], over: set[str], ids: list[str]) -> None:
+        new = [SimpleNamespace(req_id=key, prompt_token_ids=[1, 2], sampling_params=SimpleNamespace(max_tokens=None)) for key in arrivals]
+        observer.scheduled(SimpleNamespace(finished_req_ids=over, scheduled_new_reqs=new, total_num_scheduled_tokens=2 * len(ids)))
+        if ids:
+            observer.open(Batch(ids, [2] * len(ids), [0] * len(ids)))
+        before.append(list(sent))
+        if end == "launched":
+            observer.launched()
+            observer.close(aborted=False)
+        elif ids:
+            observer.close(aborted=True)
+
+    before: list[list[list[str]]] = []
+    step(["a-01234567", "b-01234567"], set(), ["a-01234567", "b-01234567"])
+    assert before[0] == ([] if later else [["requests"]]) and sent == [["requests"]]
+    step(["c-01234567"], {"a-01234567", "b-01234567"}, ["c-01234567"])
+    told = [["requests", "request_end", "request_end"]] if later else [["requests"], ["request_end", "request_end"]]
+    assert before[1] == [["requests"]] + ([] if later else told[:1]) and sent[1:] == told
+    step([], {"c-01234567"}, [])  # no step opens
+    assert before[2][-1] == ["request_end"] and sent == before[2]
+    ring.close()

@@ -65,6 +65,11 @@ class Observer:
         if not self._later:
             self._requests.release()
 
+    def launched(self) -> None:
+        """The model ran over the batch, or on a GPU is going to: sampling comes next, which may take long where kernels are made for it, longer than the engine waits for
+        the names of those whose rows it has."""
+        self._tell()
+
     def close(self, *, aborted: bool) -> None:
         """Its logits are there: what the model computes from here on, prompt logprobs say, is no row."""
         if self._opened:
@@ -72,7 +77,8 @@ class Observer:
             if aborted:
                 self._hooks.clear()
             self._ring.close_step(self._step, aborted=aborted)
-            self._tell()
+            if aborted:
+                self._tell()
 
     def _tell(self) -> None:
         """The engine is told who is over, and what was held."""

@@ -68,7 +68,9 @@ def _wrap_first(runner: Any, tell: Tell) -> None:
 
     def forward(original: Any, *args: Any, **kwargs: Any) -> Any:
         tell("open", functools.partial(_first_batch, runner, scheduled[0]))
-        return original(*args, **kwargs)
+        result = original(*args, **kwargs)
+        tell("launched")
+        return result
 
     _replace(runner, "execute_model", execute)
     _replace(runner, "_model_forward", forward)
@@ -91,6 +93,7 @@ def _wrap_second(runner: Any, tell: Tell) -> None:
         except BaseException:
             tell("close", aborted=True)
             raise
+        tell("launched")
         if getattr(runner, "is_pooling_model", False):  # whose rows have no logits
             tell("close", aborted=False)
         return result
