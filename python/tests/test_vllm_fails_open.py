@@ -202,4 +202,4 @@ def test_warming_up_is_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
     it.model_runner.load_model()
     assert it.compile_or_warm_up_model() == "executed" and calls == []
     it.model_runner.execute_model(SCHEDULED)
-    assert calls == ["scheduled", "open", "close"] and it.dmi_status()["observed"]
+    assert calls == ["scheduled", "open", "launched", "close"] and it.dmi_status()["observed"]
