@@ -214,7 +214,8 @@ def test_a_step_that_is_the_one_before() -> None:
         return False
 
     assert [again("ab", [3, 1], [0, 0]), again("ab", [1, 1], [3, 1]), again("ab", [1, 1], [4, 2]), again("ab", [1, 1], [5, 3])] == [False, False, False, True]
-    assert {key: (first + batches.asked.later, drafts) for key, (_, first, drafts) in batches.asked.of.items()} == {"a": (5, 0), "b": (3, 0)}
+    assert [found and found[1:] for found in batches.asked.of(["a", "b"])] == [(5, 0), (3, 0)]
+    assert [found and found[1:] for found in batches.asked.of(["b", "c", "a"])] == [(3, 0), None, (5, 0)]
     assert not again("ba", [1, 1], [4, 6]) and again("ba", [1, 1], [5, 7])
     assert not again("ba", [1, 2], [6, 8], (0, 1)) and not again("ba", [1, 1], [7, 9]) and again("ba", [1, 1], [8, 10])
     assert not again("ba", [1, 1], [3, 11])  # computed once more

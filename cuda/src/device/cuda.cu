@@ -25,10 +25,11 @@ static_assert(kThreads / 32 <= kMostWarps);
 // A copy engine serves one stream until that has nothing left for it, whoever else waits: the model's own copies too, of the tokens that it
 // sampled. So it gets bursts of 40 us, or as many small copies as take about that, and nothing more before it is through with one: in the
 // gap others have their turn. Draining comes first where the payload ring is nearly full, and in complete mode where much is to be copied:
-// the model is going to wait for that.
-constexpr uint64_t kBurst = 2 << 20;
+// the model is going to wait for that, and bursts are larger, since each ends with a gap of some microseconds, and one is queued behind
+// another.
+constexpr uint64_t kBurst = 2 << 20, kLargeBurst = 16 << 20;
 constexpr uint32_t kPieces = 32;
-constexpr size_t kQueued = 4;  // bursts, then
+constexpr size_t kQueued = 2;
 constexpr uint64_t kMuch = 16 << 20;
 constexpr uint64_t kLookNs = 10'000'000;  // after so long without an end of a burst the stream is asked whether it has failed
 constexpr bool nearly_full(uint64_t used, uint64_t capacity) { return used > capacity / 4 * 3; }
@@ -236,16 +237,15 @@ class Cuda final : public Device {
   std::atomic<uint64_t> opened_{0};  // steps whose open and close are, or will be, launched
   std::atomic<uint64_t> closed_{0};  // those whose close is
 
-  // The pump's: pieces of copies that the copy engine has not been given, and bursts of them that it has.
-  struct Piece {
+  // The pump's: copies of which the copy engine has not been given all, and bursts of them that it has.
+  struct Copy {
     std::byte* to;
-    uint64_t at, bytes;
-    bool last;  // of its copy
+    uint64_t payload, bytes;  // what is left of it
   };
   void copy_on();
-  void give_burst();
+  void give_burst(uint64_t most);
   cudaError_t tell_end(uint64_t burst);
-  std::deque<Piece> waiting_;
+  std::deque<Copy> waiting_;
   uint64_t waiting_bytes_ = 0;
   std::deque<uint64_t> bursts_;        // copies that end in each
   uint64_t burst_ = 0, complete_ = 0;  // bursts that were given, copies that are complete
@@ -452,13 +452,7 @@ void Cuda::capture(const dmi_tensor* tensors, uint32_t count, const dmi_site* si
 bool Cuda::begin_copy(std::byte* staging, uint64_t payload, uint64_t bytes) {
   if (failed_) return false;
   waiting_bytes_ += bytes;
-  do {  // a copy of nothing is a piece too
-    const uint64_t at = payload % header_.payload_bytes, n = std::min({bytes, header_.payload_bytes - at, kBurst});
-    waiting_.push_back({staging, at, n, n == bytes});
-    staging += n;
-    payload += n;
-    bytes -= n;
-  } while (bytes > 0);
+  waiting_.push_back({staging, payload, bytes});
   copy_on();
   return !failed_;
 }
@@ -467,22 +461,27 @@ bool Cuda::begin_copy(std::byte* staging, uint64_t payload, uint64_t bytes) {
 void Cuda::copy_on() {
   const uint64_t head = payload_head(), tail = load_acquire(mapping_.control().payload_tail.value);
   const bool behind = head > tail && nearly_full(head - tail, header_.payload_bytes);
-  const size_t most = behind || (header_.mode == DMI_MODE_COMPLETE && waiting_bytes_ > kMuch) ? kQueued : 1;
-  while (!failed_ && !waiting_.empty() && bursts_.size() < most) give_burst();
+  const bool first = behind || (header_.mode == DMI_MODE_COMPLETE && waiting_bytes_ > kMuch);
+  while (!failed_ && !waiting_.empty() && bursts_.size() < (first ? kQueued : 1)) give_burst(first ? kLargeBurst : kBurst);
 }
 
-void Cuda::give_burst() {
+void Cuda::give_burst(uint64_t most) {
   Scope scope(ordinal_);
   cudaError_t status = cudaSuccess;
   uint64_t bytes = 0, copies = 0;
-  for (uint32_t n = 0; n < kPieces && !waiting_.empty() && bytes + waiting_.front().bytes <= kBurst && status == cudaSuccess; ++n) {
-    const Piece piece = waiting_.front();
-    waiting_.pop_front();
-    waiting_bytes_ -= piece.bytes;
-    if (piece.bytes != 0) status = cudaMemcpyAsync(piece.to, payload_ + piece.at, piece.bytes, cudaMemcpyDeviceToHost, copies_);
-    bytes += piece.bytes;
-    copies += piece.last ? 1 : 0;
+  for (uint32_t n = 0; n < kPieces && !waiting_.empty() && status == cudaSuccess; ++n) {
+    Copy& copy = waiting_.front();
+    const uint64_t at = copy.payload % header_.payload_bytes, piece = std::min({copy.bytes, header_.payload_bytes - at, most - bytes});
+    if (piece == 0 && copy.bytes != 0) break;
+    if (piece != 0) status = cudaMemcpyAsync(copy.to, payload_ + at, piece, cudaMemcpyDeviceToHost, copies_);
+    copy = {copy.to + piece, copy.payload + piece, copy.bytes - piece};
+    bytes += piece;
+    if (copy.bytes == 0) {
+      waiting_.pop_front();
+      ++copies;
+    }
   }
+  waiting_bytes_ -= bytes;
   if (status == cudaSuccess) status = tell_end(burst_ + 1);
   if (status != cudaSuccess) {
     failed_ = true;

@@ -56,6 +56,8 @@ class _Sequence:
     """A request that vLLM has under way."""
 
     number: int
+    slot: int
+    """Its place in `Batches`'s columns, until it is over."""
     prompt: int
     tokens: list[int]
     """That it has, prompt included, as far as is known; none, ever, where the prompt is embeddings."""
@@ -64,16 +66,13 @@ class _Sequence:
     most: int | None = None
     """Tokens that it can come to have."""
     stops: frozenset[int] = frozenset()
-    begun: bool = False
     over: bool = False
     """It has its last token."""
-    done: int = 0
-    """Positions below were computed, and not as guesses. Computing one again, after a preemption, is another attempt."""
     attempt: int = 0
     highest: int = 0
     """Attempt that any row had."""
     rejected: dict[int, int] = field(default_factory=dict)
-    """Positions from `done` on that were computed for a guess that was rejected, and in which attempt."""
+    """Positions that were computed for a guess that was rejected and are to be computed again, and in which attempt they were."""
 
     def at(self, position: int) -> int:
         """The attempt in which a position is computed next."""
@@ -109,9 +108,19 @@ class _Sequence:
 class Asked:
     """Of a step's requests: who, the position of the first row whose logits were computed, and the guesses behind it."""
 
-    of: dict[str, tuple[_Sequence, int, int]] = field(default_factory=dict)
+    ids: Sequence[str] = ()
+    sequences: Sequence[_Sequence] = ()
+    first: Sequence[int] = ()
+    drafts: Sequence[int] | None = None
+    """None: none of anybody."""
     later: int = 0
     """Positions are so much higher."""
+
+    def of(self, ids: Sequence[str]) -> Iterator[tuple[_Sequence, int, int] | None]:
+        """Those of some requests, in turn; None: not of this step. What is sampled comes in the order of the rows, as a rule."""
+        places = range(len(ids)) if ids == self.ids else map({key: place for place, key in enumerate(self.ids)}.get, ids)
+        for place in places:
+            yield None if place is None else (self.sequences[place], int(self.first[place]) + self.later, 0 if self.drafts is None else int(self.drafts[place]))
 
 
 LAST_SAMPLED = 4
@@ -138,11 +147,18 @@ class Batches:
         self._named: dict[str, None] = {}
         self.asked = Asked()
         """Of the last step."""
-        self._going: list[_Sequence] = []
-        """Whose rows the last step had, in order,"""
         self._ids: list[str] = []
+        """Whose rows the last step had, in order,"""
         self._next: Any = None
         """and the positions that follow them: where each was one row of one kind and attempt. None: the next table is made anew."""
+        # By slot, so that a table of hundreds of requests takes no loop over them:
+        self._slots: Any = np.zeros(0, np.intp)
+        """those of the last step;"""
+        self._free: list[int] = []
+        self._spans: Any = np.zeros(0, SPANS)
+        """what all spans of a sequence have;"""
+        self._done: Any = np.zeros(0, np.int64)
+        """positions below were computed, and not as guesses: computing one again, after a preemption, is another attempt. -1: none was yet."""
 
     # -------------------------------------------------------------- who comes and goes
     def begin(self, arrivals: Iterable[Any]) -> None:
@@ -157,6 +173,7 @@ class Batches:
                 if len(data.prompt_token_ids or ()) > sequence.prompt:
                     sequence.prompt, sequence.over = len(data.prompt_token_ids), False
                     sequence.most = self._most(sequence.prompt, data.sampling_params)
+                    self._spans["prompt"][sequence.slot] = sequence.prompt
                 self._know(sequence, data)
         if not new:
             return
@@ -167,9 +184,23 @@ class Batches:
             prompt = len(data.prompt_token_ids) if data.prompt_token_ids is not None else len(embedded) if embedded is not None else 0
             parameters = data.sampling_params
             stops = {getattr(parameters, "eos_token_id", None), *(getattr(parameters, "stop_token_ids", None) or ())} - {None}
-            sequence = _Sequence(number, prompt, [], SPAN_CHOSEN if options.chosen else 0, self._most(prompt, parameters), frozenset(stops))
-            self._sequences[data.req_id] = sequence
+            flags = SPAN_CHOSEN if options.chosen else 0
+            slot = self._slot(number, prompt, flags)
+            sequence = self._sequences[data.req_id] = _Sequence(number, slot, prompt, [], flags, self._most(prompt, parameters), frozenset(stops))
             self._know(sequence, data)
+
+    def _slot(self, number: int, prompt: int, flags: int) -> int:
+        """One that no sequence has."""
+        if not self._free:
+            had = len(self._done)
+            more = max(256, had)
+            self._spans = np.concatenate([self._spans, np.zeros(more, SPANS)])
+            self._done = np.concatenate([self._done, np.zeros(more, np.int64)])
+            self._free = list(range(had + more - 1, had - 1, -1))
+        slot = self._free.pop()
+        self._spans[slot] = (number, TOKENS, 0, 0, 0, 0, 0, 0, 0, flags, prompt)
+        self._done[slot] = -1
+        return slot
 
     def _know(self, sequence: _Sequence, data: Any) -> None:
         known = getattr(data, "prefill_token_ids", None) or data.prompt_token_ids or []
@@ -202,6 +233,8 @@ class Batches:
             sequence = self._sequences.pop(key, None)
             if sequence is not None:
                 self._leave()
+                self._free.append(sequence.slot)
+                sequence.slot = -1
                 self._finished.append(sequence)
 
     def tell_finished(self, step: int) -> None:
@@ -237,61 +270,71 @@ class Batches:
         if rows != len(batch.ids) or not np.array_equal(self._next, batch.positions):
             return False
         self._next += 1
-        self.asked = Asked(self.asked.of, self.asked.later + 1)
+        was = self.asked
+        self.asked = Asked(was.ids, was.sequences, was.first, was.drafts, was.later + 1)
         return True
 
     def table(self, batch: Batch) -> bytes:
         """Spans of a step, and of what was rejected in the one before."""
         self._leave()
-        count = np.asarray(batch.counts, "<u4")
-        position = np.asarray(batch.positions, "<u4")
-        drafts = np.asarray(batch.drafts, "<u4") if len(batch.drafts) else np.zeros(len(count), "<u4")
-        cached: list[tuple[int, int, int]] = []
-        split = bool(drafts.any())
-        self._guessing = self._guessing or split
-        self._ids, self._going, self.asked = list(batch.ids), [], Asked()
-        self._guessed, self.undecided = self.asked if split else None, False
-        going, asked = self._going, self.asked.of
-        columns: tuple[list[int], ...] = ([], [], [], [])
-        numbers, attempts, prompts, flags = columns
-        for key, at, n, guesses in zip(batch.ids, position.tolist(), count.tolist(), drafts.tolist(), strict=True):
-            sequence = self._sequences[key]
-            going.append(sequence)
-            if at < sequence.done:
-                sequence.attempt = sequence.highest + 1
+        self._ids = list(batch.ids)
+        going = [self._sequences[key] for key in self._ids]
+        slots = self._slots = np.fromiter([sequence.slot for sequence in going], np.intp, len(going))
+        count, first = np.asarray(batch.counts, np.int64), np.asarray(batch.positions, np.int64)
+        drafts = np.asarray(batch.drafts, np.int64) if len(batch.drafts) else None
+        guesses = drafts is not None and bool(drafts.any())
+        self._guessing = self._guessing or guesses
+        cached = self._arrive(going, slots, first)
+        sure = first + count  # positions below, guesses aside
+        if guesses:
+            sure -= drafts
+        self._done[slots] = sure
+        self.asked = Asked(self._ids, going, sure - 1, drafts if guesses else None)
+        self._guessed, self.undecided = self.asked if guesses else None, False
+
+        spans = self._spans.take(np.concatenate((slots, slots))).reshape(2, -1)  # an index in brackets is ten times as slow for these
+        tokens, logits = spans
+        prompt = tokens["prompt"]
+        tokens["count"], tokens["position"], tokens["first"] = count, first, np.cumsum(count) - count
+        logits["space"], logits["position"] = LOGITS, sure - 1
+        if guesses:
+            one, rows = count == 1 + drafts, drafts + 1
+            logits["count"], logits["first"] = rows, np.cumsum(rows) - rows
+        else:
+            one = count == 1
+            logits["count"], logits["first"] = 1, np.arange(len(going))
+        decoding = one & (first >= prompt)
+        spans["phase"] = decoding  # DECODE is 1
+        if guesses or (self._guessing and any(sequence.rejected for sequence in going)):
+            return b"".join(_split(half, going, batch.drafts or [0] * len(going)).tobytes() for half in spans) + _cached(cached) + self.verdict()
+        if not cached and not self._wrong and bool(one.all()) and bool((sure >= prompt).all()):
+            self._next = sure
+        return spans.tobytes() + _cached(cached) + self.verdict()
+
+    def _arrive(self, going: Sequence[_Sequence], slots: Any, first: Any) -> list[tuple[int, int, int]]:
+        """What is known of those whose rows do not begin where the last ones ended: they are new, or computed once more after a preemption. Of the new ones
+        what the prefix cache has: number, tokens, prompt."""
+        done, cached = self._done.take(slots), []
+        for place in np.flatnonzero(done != first).tolist():
+            sequence, at = going[place], int(first[place])
+            if at < done[place]:
+                sequence.attempt = sequence.highest = sequence.highest + 1
                 sequence.rejected.clear()
-            elif at > 0 and not sequence.begun:  # the prefix cache has what comes before
+                self._spans["attempt"][sequence.slot] = sequence.attempt
+            elif done[place] < 0 and at > 0:
                 cached.append((sequence.number, at, sequence.prompt))
-            sequence.begun = True
-            sequence.done = at + n - guesses
-            split = split or len(sequence.rejected) > 0
-            asked[key] = (sequence, sequence.done - 1, guesses)
-            numbers.append(sequence.number)
-            attempts.append(sequence.attempt)
-            prompts.append(sequence.prompt)
-            flags.append(sequence.flags)
-        one = count == 1 + drafts
-        tokens = _spans(columns, TOKENS, count, position, one)
-        logits = _spans(columns, LOGITS, drafts + 1, position + count - drafts - 1, one)
-        if split:
-            tokens, logits = (_split(spans, going, drafts.tolist()) for spans in (tokens, logits))
-        for sequence in going:
-            if sequence.attempt > sequence.highest:
-                sequence.highest = sequence.attempt
-        table = bytes(tokens.tobytes() + logits.tobytes()) + _cached(cached) + self.verdict()
-        plain = not split and len(table) == tokens.nbytes + logits.nbytes and bool(one.all())
-        self._next = position + 1 if plain and bool((position + 1 >= tokens["prompt"]).all()) else None
-        return table
+        return cached
 
     def _leave(self) -> None:
         """The next table is made anew."""
         if self._next is not None:
-            for sequence, done in zip(self._going, self._next.tolist(), strict=True):
-                sequence.done = done
+            self._done[self._slots] = self._next
         self._next = None
 
     def sampled(self, asked: Asked, ids: Sequence[str], tokens: Sequence[list[int]]) -> None:
-        """What came of a step that `asked` was said of. Any thread."""
+        """What came of a step that `asked` was said of, as vLLM has it: which cuts off what follows a request's last token, as we do. Any thread."""
+        if self._guessing or self._requests.tells_tokens:
+            tokens = [list(each) for each in tokens]
         self._sampled.append((asked, ids, tokens))
 
     def learn(self, last: bool = False) -> bool:
@@ -302,10 +345,9 @@ class Batches:
             self.undecided = self.undecided or asked is self._guessed
             if left:
                 continue
-            for key, new in zip(ids, tokens, strict=False):
-                if key in asked.of:
-                    sequence, first, drafts = asked.of[key]
-                    self._learn(sequence, first + asked.later, drafts, new)
+            for found, new in zip(asked.of(ids), tokens, strict=False):
+                if found is not None:
+                    self._learn(*found, new)
         return bool(self._wrong)
 
     def _learn(self, sequence: _Sequence, first: int, drafts: int, new: list[int]) -> None:
@@ -316,8 +358,10 @@ class Batches:
         for place, count, attempt, _ in sequence.parts(first + 1 + accepted, drafts - accepted, 0):
             self._wrong.append((sequence, first + 1 + accepted + place, count, attempt))
         again = {position: sequence.at(position) for position in range(first + 1 + accepted, first + 1 + drafts)}
-        sequence.done = first + 1 + accepted
-        sequence.rejected = {position: attempt for position, attempt in (sequence.rejected | again).items() if position >= sequence.done}
+        done = first + 1 + accepted
+        if sequence.slot >= 0:
+            self._done[sequence.slot] = done
+        sequence.rejected = {position: attempt for position, attempt in (sequence.rejected | again).items() if position >= done}
 
     def verdict(self) -> bytes:
         """Spans of the guesses that were rejected since the last table."""
@@ -328,18 +372,6 @@ class Batches:
         spans["space"], spans["flags"], spans["phase"] = TOKENS, SPAN_REJECTED, DECODE
         self._wrong.clear()
         return spans.tobytes()
-
-
-def _spans(columns: Sequence[list[int]], space: int, count: Any, position: Any, decode: Any) -> Any:
-    """`columns`: number, attempt, prompt and flags of each request."""
-    spans = np.zeros(len(count), SPANS)
-    spans["request"], spans["attempt"], spans["prompt"], spans["flags"] = columns
-    spans["space"] = space
-    spans["first"] = np.cumsum(count) - count
-    spans["count"] = count
-    spans["position"] = position
-    spans["phase"] = np.where(decode & (position >= spans["prompt"]), DECODE, PREFILL)
-    return spans
 
 
 def _split(spans: Any, going: Sequence[_Sequence], drafts: Sequence[int]) -> Any:

@@ -150,4 +150,4 @@ def _sample_tokens(tell: Tell, original: Any, *args: Any, **kwargs: Any) -> Any:
 def _sampled(tell: Tell, asked: Any, output: Any) -> None:
     ids, tokens = getattr(output, "req_ids", None), getattr(output, "sampled_token_ids", None)
     if ids and tokens:
-        tell("sampled", asked, list(ids), [list(each) for each in tokens])
+        tell("sampled", asked, list(ids), tokens)
