@@ -208,6 +208,8 @@ int32_t dmi_step_next(const dmi_series* s, uint64_t step, uint32_t keys, void* s
   return dmi::open_step(s->ring, {step, s->spans, s->count, s->width, keys, s->table_flags, stream});
 }
 
+int32_t dmi_pack_rows(const dmi_pack* pack, uint32_t count) { return dmi::pack_rows(*pack, count); }
+
 int32_t dmi_step_close(int64_t ring, uint64_t step, int32_t aborted, void* stream) {
   return dmi::with_ring("close step", ring, [&](Ring& r) -> int32_t {
     Place* place = dmi::places.find(ring);

@@ -127,6 +127,36 @@ uint32_t Selection::records(uint32_t space) const {
   return needed;
 }
 
+bool pack_rows(const dmi_pack& pack, uint32_t count) {
+  for (uint32_t i = 0; i < count; ++i) {
+    if (pack.sequences[pack.slots[i]].next != pack.positions[i]) return false;
+  }
+  uint32_t row = 0;
+  for (uint32_t i = 0; i < count; ++i) {
+    dmi_sequence& s = pack.sequences[pack.slots[i]];
+    const uint32_t tokens = pack.counts[i];
+    const bool decoded = tokens == 1 && s.next >= s.prompt;
+    dmi_span& span = pack.spans[i] = {};
+    span.request = s.request;
+    span.space = DMI_SPACE_TOKENS;
+    span.first = row;
+    span.count = tokens;
+    span.position = s.next;
+    span.attempt = s.attempt;
+    span.phase = decoded ? DMI_PHASE_DECODE : DMI_PHASE_PREFILL;
+    span.flags = s.flags;
+    span.prompt = s.prompt;
+    row += tokens;
+    s.next += tokens;
+    dmi_span& last = pack.spans[count + i] = span;
+    last.space = DMI_SPACE_LOGITS;
+    last.first = i;
+    last.count = 1;
+    last.position = s.next - 1;
+  }
+  return true;
+}
+
 uint64_t token_rows(const dmi_span* spans, uint32_t count) {
   uint64_t rows = 0;
   for (uint32_t i = 0; i < count; ++i) {

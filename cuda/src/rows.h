@@ -72,6 +72,8 @@ class Selection {
   std::array<std::vector<dmi_run>, DMI_LEVELS> runs_;  // of the space at hand
 };
 
+// dmi_pack_rows.
+bool pack_rows(const dmi_pack& pack, uint32_t count);
 // Rows of the token space that the spans say a step has.
 uint64_t token_rows(const dmi_span* spans, uint32_t count);
 // Fills `lists`, keeping their memory. Throws Error on a span that no source can have. Where they were made of the same rows, of which only

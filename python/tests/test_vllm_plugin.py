@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import random
 from types import SimpleNamespace
@@ -89,9 +90,8 @@ class Scheduler:
         self.rows: dict[tuple[int, int, int], str] = {}
         """By request, position and attempt: what a row was booked as, of drafts once that was said."""
         self.ids: list[str] = []
-        self.last = np.zeros(0, SPANS)
-        self.moved = 0
-        """Steps that were the one before, a token later."""
+        self.at_once = 0
+        """Steps whose spans libdmi made."""
         self.drafts: list[tuple[int, int, int]] = []
 
     def step(self, guessing: bool) -> None:
@@ -129,14 +129,12 @@ class Scheduler:
         self.batches.learn()
 
     def table(self, batch: Batch) -> Any:
-        """What the ring comes to know, of a series too (dmi_step_next)."""
-        if self.batches.again(batch):
-            self.moved += 1
-            self.last["position"] += 1
-            self.last["phase"] = DECODE
-        else:
-            self.last = np.frombuffer(self.batches.table(batch), SPANS).copy()
-        return self.last
+        """What the ring comes to know."""
+        at = self.batches.spans(batch)
+        if at is None:
+            return np.frombuffer(self.batches.table(batch), SPANS)
+        self.at_once += 1
+        return np.frombuffer(ctypes.string_at(at.address, at.count * SPANS.itemsize), SPANS)
 
     def judge(self, table: Any) -> None:
         wrong = {(int(span["request"]), int(span["position"]) + i, int(span["attempt"])) for span in table[table["flags"] == SPAN_REJECTED] for i in range(span["count"])}
@@ -185,7 +183,7 @@ def test_row_tables(guessing: bool) -> None:
         scheduler.step(guessing)
     scheduler.judge(np.frombuffer(scheduler.batches.verdict(), SPANS))
     assert guessing == ("rejected" in scheduler.rows.values())
-    assert guessing or scheduler.moved > 0, "no step was as the one before: nothing of that is tested"
+    assert guessing or scheduler.at_once > 0, "libdmi made no spans: nothing of that is tested"
     assert len(set(scheduler.numbers.values())) == len(scheduler.numbers)
     assert set(scheduler.requests) == {key.rpartition("-")[0] for key in scheduler.numbers}
     for key, number in scheduler.numbers.items():
@@ -200,32 +198,32 @@ def test_row_tables(guessing: bool) -> None:
     assert {key: tokens[number] for key, number in scheduler.numbers.items()} == {key: scheduler.tokens[key] for key in scheduler.numbers}
 
 
-def test_a_step_that_is_the_one_before() -> None:
-    """A token later, of the same requests in the same order; and not while one of them is in its prompt, guesses, or has come back."""
+def test_steps_whose_spans_libdmi_makes() -> None:
+    """Of those who go on where their last rows ended, in prompts too; not where one guesses, has come back, or comes with a part in the prefix cache. There may come to be more of them than there was room for."""
     batches = Batches(Requests(new_run(None, ()), "none"))
-    new = [SimpleNamespace(req_id=key, prompt_token_ids=[1, 2, 3], sampling_params=SimpleNamespace(max_tokens=9)) for key in "ab"]
+    new = [SimpleNamespace(req_id=key, prompt_token_ids=[1, 2, 3], sampling_params=SimpleNamespace(max_tokens=9)) for key in "abc"]
     batches.begin(new)
 
-    def again(ids: str, counts: list[int], positions: list[int], drafts: tuple[int, ...] = ()) -> bool:
+    def at_once(ids: str, counts: list[int], positions: list[int], drafts: tuple[int, ...] = ()) -> bool:
         batch = Batch(list(ids), counts, positions, drafts)
-        if batches.again(batch):
+        if batches.spans(batch) is not None:
             return True
         batches.table(batch)
         return False
 
-    assert [again("ab", [3, 1], [0, 0]), again("ab", [1, 1], [3, 1]), again("ab", [1, 1], [4, 2]), again("ab", [1, 1], [5, 3])] == [False, False, False, True]
-    assert [found and found[1:] for found in batches.asked.of(["a", "b"])] == [(5, 0), (3, 0)]
-    assert [found and found[1:] for found in batches.asked.of(["b", "c", "a"])] == [(3, 0), None, (5, 0)]
-    assert not again("ba", [1, 1], [4, 6]) and again("ba", [1, 1], [5, 7])
-    assert not again("ba", [1, 2], [6, 8], (0, 1)) and not again("ba", [1, 1], [7, 9]) and again("ba", [1, 1], [8, 10])
-    assert not again("ba", [1, 1], [3, 11])  # computed once more
+    assert at_once("ab", [3, 1], [0, 0]) and at_once("ab", [1, 1], [3, 1]) and at_once("ba", [2, 1], [2, 4])
+    assert [found and found[1:] for found in batches.asked.of(["a", "b"])] == [(4, 0), (3, 0)]
+    assert [found and found[1:] for found in batches.asked.of(["b", "x", "a"])] == [(3, 0), None, (4, 0)]
+    assert not at_once("ba", [1, 1], [2, 5])  # computed once more
     assert batches._sequences["b"].attempt == 1 and batches._sequences["a"].attempt == 0
-    assert again("ba", [1, 1], [4, 12])
-    batches.begin(new[:1])
-    assert not again("ba", [1, 1], [5, 13])
+    assert at_once("ba", [1, 1], [3, 6])
+    assert not at_once("bc", [1, 1], [4, 2]) and at_once("bc", [1, 1], [5, 3])
     batches.finish("b")
-    assert not again("a", [1], [14]) and again("a", [1], [15])
-    assert batches._sequences["a"].attempt == 0
+    batches.begin(SimpleNamespace(req_id=f"more{n}", prompt_token_ids=[1], sampling_params=SimpleNamespace(max_tokens=9)) for n in range(600))
+    everybody = [*"ac", *(f"more{n}" for n in range(600))]
+    assert batches.spans(Batch(everybody, [1] * 602, [7, 4, *[0] * 600])) is not None
+    assert batches._sequences["a"].attempt == 0 and batches._sequences["more599"].number == 602
+    assert not at_once("ac", [1, 2], [8, 5], (0, 1)) and not at_once("ac", [1, 1], [9, 7]), "once there were guesses, their fates are to be told"
 
 
 def test_tokens_are_told() -> None:

@@ -132,6 +132,29 @@ struct dmi_series {
 /* Opens the next one, as dmi_step_open does: moves the spans on by a token, which is a decoded one's. They move, whatever this returns. */
 DMI_API int32_t dmi_step_next(const struct dmi_series* series, uint64_t step, uint32_t keys, void* stream);
 
+/* What all spans of a request have that a serving engine runs, and the position of its next row. */
+struct dmi_sequence {
+  uint64_t request;
+  uint32_t prompt;
+  uint32_t next;
+  uint16_t attempt;
+  uint8_t flags;
+  uint8_t reserved[5];
+};
+
+/* A step of some of them: their rows lie one behind another in the one ROW dimension. */
+struct dmi_pack {
+  struct dmi_sequence* sequences;
+  const uint32_t* slots;     /* whose rows, in their order: places among the sequences */
+  const uint32_t* counts;    /* tokens of each, */
+  const uint32_t* positions; /* and the position of its first */
+  struct dmi_span* spans;    /* room for two of each */
+};
+
+/* Makes the spans of a step of `count` requests: the tokens of each, then of each the row whose logits are computed, its last. Moves `next` on, and returns 1. 0,
+ * and nothing is changed, where the rows of one do not begin at its `next`: it was computed before, or in another request. */
+DMI_API int32_t dmi_pack_rows(const struct dmi_pack* pack, uint32_t count);
+
 /* Closes that step; does nothing if the thread has not got it open (any more). DMI_ERROR_TIMEOUT if a capture of the step gave up. */
 DMI_API int32_t dmi_step_close(int64_t ring, uint64_t step, int32_t aborted, void* stream);
 

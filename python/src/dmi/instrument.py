@@ -18,6 +18,7 @@ from dmi.attention import AttentionHook, Rerouting, original, why_not
 from dmi.families import Mapping, mapping_for
 from dmi.hook import Alone, Collector, Entry, Group, HookError, InputHook, OutputHook, Spread, Whole
 from dmi.huggingface import Steps
+from dmi.native import SpansAt
 from dmi.rows import Requests
 from dmi.sites import CONTEXT_TOKENS, KEY, Refusal, SiteSpec, Tap, Vocabulary, find, hook_points, module_point
 
@@ -28,7 +29,7 @@ class Ring(Protocol):
     tensor: Tensor
 
     def open_step(
-        self, step: int, spans: bytes, *, width: tuple[int, int, int], keys: int = 0, packed: bool = False
+        self, step: int, spans: bytes | SpansAt, *, width: tuple[int, int, int], keys: int = 0, packed: bool = False
     ) -> bool: ...
     def series(self, spans: bytes, *, width: tuple[int, int, int], packed: bool = False) -> Any: ...
     def open_next(self, series: Any, step: int, keys: int = 0) -> bool: ...

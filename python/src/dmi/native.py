@@ -13,8 +13,9 @@ import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from dmi import _abi
@@ -63,6 +64,10 @@ class _Series(ctypes.Structure):
         ("width", ctypes.c_uint32 * _abi.SPACES),
         ("table_flags", ctypes.c_uint32),
     ]
+
+
+class _Pack(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("sequences", "slots", "counts", "positions", "spans")]
 
 
 class _Gauges(ctypes.Structure):
@@ -120,9 +125,10 @@ def _load() -> ctypes.CDLL:
         ("dmi_ring_settle", i32, [handle, u64]),
         ("dmi_ring_finish", i32, [handle, u64]),
         ("dmi_ring_close", i32, [handle]),
-        ("dmi_step_open", i32, [handle, u64, ctypes.c_char_p, u32, pointer(u32), u32, u32, ctypes.c_void_p]),
+        ("dmi_step_open", i32, [handle, u64, ctypes.c_void_p, u32, pointer(u32), u32, u32, ctypes.c_void_p]),
         ("dmi_step_next", i32, [ctypes.c_void_p, u64, u32, ctypes.c_void_p]),
         ("dmi_step_close", i32, [handle, u64, i32, ctypes.c_void_p]),
+        ("dmi_pack_rows", i32, [ctypes.c_void_p, u32]),
     ):
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
@@ -159,6 +165,35 @@ def _close(library: ctypes.CDLL, handle: int, tensor: torch.Tensor) -> None:
 def pack_spans(spans: Sequence[Span]) -> bytes:
     """Spans as dmi_span structs. Trailing attempt and phase may be left out of a tuple."""
     return b"".join(_SPAN.pack(*span, *(0,) * (11 - len(span))) for span in spans)
+
+
+SEQUENCES = np.dtype([("request", "<u8"), ("prompt", "<u4"), ("next", "<u4"), ("attempt", "<u2"), ("flags", "u1"), ("reserved", "V5")])
+"""dmi_sequence: what all spans of a request have that a serving engine runs, and the position of its next row."""
+
+
+class SpansAt(NamedTuple):
+    """Spans in memory of somebody's, who keeps them until the step is open."""
+
+    address: int
+    count: int
+
+
+class Pack:
+    """Spans of steps of which requests' rows lie one behind another in one dimension, made by libdmi: a loop over hundreds of them takes Python longer than a small model's step may. The arrays
+    are for the caller to fill: `sequences`, and for a step `slots` (whose rows, as places among the sequences), `counts` (their tokens) and `positions` (of the first)."""
+
+    def __init__(self, capacity: int) -> None:
+        self._library = load()
+        self.sequences = np.zeros(capacity, SEQUENCES)
+        self.slots, self.counts, self.positions = np.zeros((3, capacity), np.uint32)
+        self._spans = np.zeros(2 * capacity * _SPAN.size, np.uint8)
+        self._told = _Pack(*(array.ctypes.data for array in (self.sequences, self.slots, self.counts, self.positions, self._spans)))
+        self._address, self._at = ctypes.addressof(self._told), self._spans.ctypes.data
+
+    def spans(self, count: int) -> SpansAt | None:
+        """Of a step of so many requests: the tokens of each, then the row of each whose logits are computed, its last. They stay until the next call; `next` moves on.
+        None, and nothing is changed, where the rows of one do not begin at its `next`."""
+        return SpansAt(self._at, 2 * count) if self._library.dmi_pack_rows(self._address, count) else None
 
 
 class Series:
@@ -298,7 +333,7 @@ class Ring:
     def open_step(
         self,
         step: int,
-        spans: bytes | Sequence[Span],
+        spans: bytes | SpansAt | Sequence[Span],
         *,
         width: tuple[int, int, int],
         keys: int = 0,
@@ -310,15 +345,17 @@ class Ring:
         False: nothing will be captured; the step is booked as dropped where the ring is open at all. Complete mode raises
         CaptureError instead, when the engine makes no room within the bound; then no step is open.
         """
-        packed_spans = spans if isinstance(spans, bytes) else pack_spans(spans)
-        count, rest = divmod(len(packed_spans), _SPAN.size)
-        if rest:
-            raise ValueError(
-                f"open step {step}: {len(packed_spans)} bytes are no whole number of spans of {_SPAN.size}"
-            )
+        at: bytes | int
+        if isinstance(spans, SpansAt):
+            at, count = spans
+        else:
+            at = spans if isinstance(spans, bytes) else pack_spans(spans)
+            count, rest = divmod(len(at), _SPAN.size)
+            if rest:
+                raise ValueError(f"open step {step}: {len(at)} bytes are no whole number of spans of {_SPAN.size}")
         flags = _abi.TABLE_PACKED if packed else 0
         status = self._library.dmi_step_open(
-            self._handle, step, packed_spans, count, (ctypes.c_uint32 * _abi.SPACES)(*width), keys, flags, self._stream()
+            self._handle, step, at, count, (ctypes.c_uint32 * _abi.SPACES)(*width), keys, flags, self._stream()
         )
         return status != _ERROR_CLOSED and _check(self._library, status) == 1
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from dmi._abi import SPAN_CACHED, SPAN_CHOSEN, SPAN_DRAFT, SPAN_REJECTED
+from dmi.native import Pack, SpansAt
 from dmi.options import Options, options_of
 from dmi.requests import IDS_KEPT, Requests
 from dmi.rows import DECODE, PREFILL, SPANS
@@ -113,14 +114,12 @@ class Asked:
     first: Sequence[int] = ()
     drafts: Sequence[int] | None = None
     """None: none of anybody."""
-    later: int = 0
-    """Positions are so much higher."""
 
     def of(self, ids: Sequence[str]) -> Iterator[tuple[_Sequence, int, int] | None]:
         """Those of some requests, in turn; None: not of this step. What is sampled comes in the order of the rows, as a rule."""
         places = range(len(ids)) if ids == self.ids else map({key: place for place, key in enumerate(self.ids)}.get, ids)
         for place in places:
-            yield None if place is None else (self.sequences[place], int(self.first[place]) + self.later, 0 if self.drafts is None else int(self.drafts[place]))
+            yield None if place is None else (self.sequences[place], int(self.first[place]), 0 if self.drafts is None else int(self.drafts[place]))
 
 
 LAST_SAMPLED = 4
@@ -148,24 +147,18 @@ class Batches:
         self.asked = Asked()
         """Of the last step."""
         self._ids: list[str] = []
-        """Whose rows the last step had, in order,"""
-        self._next: Any = None
-        """and the positions that follow them: where each was one row of one kind and attempt. None: the next table is made anew."""
-        # By slot, so that a table of hundreds of requests takes no loop over them:
-        self._slots: Any = np.zeros(0, np.intp)
-        """those of the last step;"""
-        self._free: list[int] = []
-        self._spans: Any = np.zeros(0, SPANS)
-        """what all spans of a sequence have;"""
-        self._done: Any = np.zeros(0, np.int64)
-        """positions below were computed, and not as guesses: computing one again, after a preemption, is another attempt. -1: none was yet."""
+        """Whose rows the last step had, in order, and"""
+        self._going: list[_Sequence] = []
+        self._pack = Pack(256)
+        """of all sequences, by slot, what their spans have. `next`: positions below were computed, and not as guesses; computing one again, after a preemption, is
+        another attempt."""
+        self._free = list(range(255, -1, -1))
 
     # -------------------------------------------------------------- who comes and goes
     def begin(self, arrivals: Iterable[Any]) -> None:
         """Requests that the scheduler tells of for the first time, or once more: resumed, or with a longer prompt. `arrivals`: vLLM's NewRequestData."""
         new: list[tuple[Any, Options]] = []
         for data in arrivals:
-            self._leave()
             sequence = self._sequences.get(data.req_id)
             if sequence is None:
                 new.append((data, self._options(data)))
@@ -173,7 +166,7 @@ class Batches:
                 if len(data.prompt_token_ids or ()) > sequence.prompt:
                     sequence.prompt, sequence.over = len(data.prompt_token_ids), False
                     sequence.most = self._most(sequence.prompt, data.sampling_params)
-                    self._spans["prompt"][sequence.slot] = sequence.prompt
+                    self._pack.sequences["prompt"][sequence.slot] = sequence.prompt
                 self._know(sequence, data)
         if not new:
             return
@@ -192,14 +185,13 @@ class Batches:
     def _slot(self, number: int, prompt: int, flags: int) -> int:
         """One that no sequence has."""
         if not self._free:
-            had = len(self._done)
-            more = max(256, had)
-            self._spans = np.concatenate([self._spans, np.zeros(more, SPANS)])
-            self._done = np.concatenate([self._done, np.zeros(more, np.int64)])
-            self._free = list(range(had + more - 1, had - 1, -1))
+            had, small = len(self._pack.sequences), self._pack
+            self._pack = Pack(2 * had)
+            self._pack.sequences[:had] = small.sequences
+            self._ids = []  # their slots are in the smaller one
+            self._free = list(range(2 * had - 1, had - 1, -1))
         slot = self._free.pop()
-        self._spans[slot] = (number, TOKENS, 0, 0, 0, 0, 0, 0, 0, flags, prompt)
-        self._done[slot] = -1
+        self._pack.sequences[slot] = (number, prompt, 0, 0, flags, b"")
         return slot
 
     def _know(self, sequence: _Sequence, data: Any) -> None:
@@ -232,7 +224,6 @@ class Batches:
         for key in ids:
             sequence = self._sequences.pop(key, None)
             if sequence is not None:
-                self._leave()
                 self._free.append(sequence.slot)
                 sequence.slot = -1
                 self._finished.append(sequence)
@@ -262,74 +253,65 @@ class Batches:
                 self._requests.update(sequence.number, tokens=list(sequence.tokens))
 
     # -------------------------------------------------------------- rows
-    def again(self, batch: Batch) -> bool:
-        """Whether a step is the one before, a token later: no table is made for it then. So are nearly all that decode."""
-        if self._next is None or self._wrong or batch.ids != self._ids or any(batch.drafts):
-            return False
-        rows = sum(batch.counts) if isinstance(batch.counts, list) else int(np.sum(batch.counts))
-        if rows != len(batch.ids) or not np.array_equal(self._next, batch.positions):
-            return False
-        self._next += 1
-        was = self.asked
-        self.asked = Asked(was.ids, was.sequences, was.first, was.drafts, was.later + 1)
-        return True
+    def spans(self, batch: Batch) -> SpansAt | None:
+        """Spans of a step, where that has neither guesses nor their fates, and each of its requests goes on where its last rows ended: made by libdmi, since a step of vLLM's is bound by
+        its Python as often as not. None: it takes a `table`."""
+        if self._guessing or self._wrong or len(batch.drafts):
+            return None
+        n, pack = self._place(batch), self._pack
+        spans = pack.spans(n)
+        if spans is not None:
+            self.asked = Asked(self._ids, self._going, pack.sequences["next"].take(pack.slots[:n]) - 1)
+        return spans
+
+    def _place(self, batch: Batch) -> int:
+        """Puts a step's requests, their tokens and positions where spans are made of them; so many."""
+        pack, n = self._pack, len(batch.ids)
+        if batch.ids != self._ids:
+            self._ids = list(batch.ids)
+            self._going = [self._sequences[key] for key in self._ids]
+            pack.slots[:n] = [sequence.slot for sequence in self._going]
+        pack.counts[:n], pack.positions[:n] = batch.counts, batch.positions
+        return n
 
     def table(self, batch: Batch) -> bytes:
-        """Spans of a step, and of what was rejected in the one before."""
-        self._leave()
-        self._ids = list(batch.ids)
-        going = [self._sequences[key] for key in self._ids]
-        slots = self._slots = np.fromiter([sequence.slot for sequence in going], np.intp, len(going))
-        count, first = np.asarray(batch.counts, np.int64), np.asarray(batch.positions, np.int64)
-        drafts = np.asarray(batch.drafts, np.int64) if len(batch.drafts) else None
-        guesses = drafts is not None and bool(drafts.any())
+        """Spans of any step, and of what was rejected in the one before."""
+        n = self._place(batch)
+        going, slots, known = self._going, self._pack.slots[:n], self._pack.sequences
+        count, first = (array[:n].astype(np.int64) for array in (self._pack.counts, self._pack.positions))
+        drafts = np.asarray(batch.drafts, np.int64) if len(batch.drafts) else np.zeros(n, np.int64)
+        guesses = bool(drafts.any())
         self._guessing = self._guessing or guesses
-        cached = self._arrive(going, slots, first)
-        sure = first + count  # positions below, guesses aside
-        if guesses:
-            sure -= drafts
-        self._done[slots] = sure
-        self.asked = Asked(self._ids, going, sure - 1, drafts if guesses else None)
+        cached = self._arrive(going, known["next"].take(slots), first)
+        sure = first + count - drafts  # positions below, guesses aside
+        known["next"][slots] = sure
+        self.asked = Asked(self._ids, going, sure - 1, drafts)
         self._guessed, self.undecided = self.asked if guesses else None, False
 
-        spans = self._spans.take(np.concatenate((slots, slots))).reshape(2, -1)  # an index in brackets is ten times as slow for these
-        tokens, logits = spans
-        prompt = tokens["prompt"]
-        tokens["count"], tokens["position"], tokens["first"] = count, first, np.cumsum(count) - count
-        logits["space"], logits["position"] = LOGITS, sure - 1
-        if guesses:
-            one, rows = count == 1 + drafts, drafts + 1
-            logits["count"], logits["first"] = rows, np.cumsum(rows) - rows
-        else:
-            one = count == 1
-            logits["count"], logits["first"] = 1, np.arange(len(going))
-        decoding = one & (first >= prompt)
-        spans["phase"] = decoding  # DECODE is 1
-        if guesses or (self._guessing and any(sequence.rejected for sequence in going)):
-            return b"".join(_split(half, going, batch.drafts or [0] * len(going)).tobytes() for half in spans) + _cached(cached) + self.verdict()
-        if not cached and not self._wrong and bool(one.all()) and bool((sure >= prompt).all()):
-            self._next = sure
-        return spans.tobytes() + _cached(cached) + self.verdict()
+        tokens, logits = spans = np.zeros((2, n), SPANS)
+        of = known.take(slots)
+        for name in ("request", "prompt", "attempt", "flags"):
+            spans[name] = of[name]
+        for half, space, rows, position in ((tokens, TOKENS, count, first), (logits, LOGITS, drafts + 1, sure - 1)):
+            half["space"], half["count"], half["position"], half["first"] = space, rows, position, np.cumsum(rows) - rows
+        spans["phase"] = np.where((count == 1 + drafts) & (first >= of["prompt"]), DECODE, PREFILL)
+        split = guesses or any(sequence.rejected for sequence in going)
+        table = b"".join(_split(half, going, drafts.tolist()).tobytes() for half in spans) if split else spans.tobytes()
+        return table + _cached(cached) + self.verdict()
 
-    def _arrive(self, going: Sequence[_Sequence], slots: Any, first: Any) -> list[tuple[int, int, int]]:
-        """What is known of those whose rows do not begin where the last ones ended: they are new, or computed once more after a preemption. Of the new ones
+    def _arrive(self, going: Sequence[_Sequence], after: Any, first: Any) -> list[tuple[int, int, int]]:
+        """What is known of those whose rows do not begin `after` the last ones: they are new, or computed once more after a preemption. Of the new ones
         what the prefix cache has: number, tokens, prompt."""
-        done, cached = self._done.take(slots), []
-        for place in np.flatnonzero(done != first).tolist():
+        cached = []
+        for place in np.flatnonzero(after != first).tolist():
             sequence, at = going[place], int(first[place])
-            if at < done[place]:
+            if at < after[place]:
                 sequence.attempt = sequence.highest = sequence.highest + 1
                 sequence.rejected.clear()
-                self._spans["attempt"][sequence.slot] = sequence.attempt
-            elif done[place] < 0 and at > 0:
+                self._pack.sequences["attempt"][sequence.slot] = sequence.attempt
+            elif after[place] == 0:
                 cached.append((sequence.number, at, sequence.prompt))
         return cached
-
-    def _leave(self) -> None:
-        """The next table is made anew."""
-        if self._next is not None:
-            self._done[self._slots] = self._next
-        self._next = None
 
     def sampled(self, asked: Asked, ids: Sequence[str], tokens: Sequence[list[int]]) -> None:
         """What came of a step that `asked` was said of, as vLLM has it: which cuts off what follows a request's last token, as we do. Any thread."""
@@ -360,7 +342,7 @@ class Batches:
         again = {position: sequence.at(position) for position in range(first + 1 + accepted, first + 1 + drafts)}
         done = first + 1 + accepted
         if sequence.slot >= 0:
-            self._done[sequence.slot] = done
+            self._pack.sequences["next"][sequence.slot] = done
         sequence.rejected = {position: attempt for position, attempt in (sequence.rejected | again).items() if position >= done}
 
     def verdict(self) -> bytes:

@@ -28,10 +28,6 @@ class Observer:
         self._batches = Batches(requests, runner.max_model_len)
         self._step = 0
         self._opened = False
-        self._table = b""
-        """Of the last step that was not as the one before it, a token later;"""
-        self._series: Any = None
-        """and those that were."""
         self._hooks = Hooks(model, arrangement, ring.tensor, numbers)
         self._later = ring.tensor.device.type == "cuda"
         """The model's thread does not wait for the forward: what the engine is told of requests can go out behind its launch, where it holds up no first token."""
@@ -52,15 +48,9 @@ class Observer:
     def open(self, batch: Batch) -> None:
         """The model is about to run over a batch."""
         self._hooks.clear()
-        if self._batches.again(batch):
-            if self._series is None:
-                self._series = self._ring.series(self._table, width=(0, 0, 0), packed=True)
-            self._step = self._requests.next_step()
-            self._ring.open_next(self._series, self._step)
-        else:
-            self._series, self._table = None, self._batches.table(batch)
-            self._step = self._requests.next_step()
-            self._ring.open_step(self._step, self._table, width=(0, 0, 0), packed=True)
+        spans = self._batches.spans(batch) or self._batches.table(batch)
+        self._step = self._requests.next_step()
+        self._ring.open_step(self._step, spans, width=(0, 0, 0), packed=True)
         self._opened = True
         if not self._later:
             self._requests.release()
