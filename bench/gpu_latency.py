@@ -4,7 +4,7 @@
     python bench/gpu_latency.py [--steps 400] [--batch 1,32,256] [--save bench/results]
 
 A Qwen3-4B-shaped model decodes in a CUDA graph, 37 sites observed, by the real engine, which stores them: one as it is by default, and one that polls (control.busy_poll_s).
-The subscriber is a process of its own (bench/live, built to bin/bench-live) that reads the engine's stream of tensors: of the last block's alone, and of all 37. The clock starts
+The model ends with its final norm: logits would come behind the last publication and before the end of the step, and take 0.2 ms. The subscriber is a process of its own (bench/live, built to bin/bench-live) that reads the engine's stream of tensors: of the last block's alone, and of all 37. The clock starts
 when the host sees that the device has come to the end of the step, a few microseconds behind its last publication, and stops when the subscriber has read the last block's tensor. A pause
 between steps keeps them apart. "host" is what the model's thread does for a step outside the forward, opening and closing it: in steps that follow each other, as a model decodes, and in those
 with a pause, before which the core's caches have other things to hold. Of it, what libdmi's two calls take, each of which launches a kernel, beside the launch of a kernel that does nothing.
@@ -118,12 +118,12 @@ class Steps:
         return took
 
 
-def measure(decode: Decode, batch: int, settings: list[str], steps: int) -> dict[str, list[int]]:
+def measure(made: Any, decode: Decode, batch: int, settings: list[str], steps: int) -> dict[str, list[int]]:
     """Nanoseconds a step: to the subscriber, and of the host with pauses and without."""
     rows = torch.ones(batch, 1, dtype=torch.int64)
     took: dict[str, list[int]] = {"took": [], "every": [], "host": [], "paused": []}
     with tempfile.TemporaryDirectory() as folder, engine(Path(folder) / "s", settings) as door:
-        with dmi.attach(decode.model, ["blocks.*.hook_resid_post", "ln_final.hook_out"], store=Path(folder) / "s", text="none") as session:
+        with dmi.attach(made, ["blocks.*.hook_resid_post", "ln_final.hook_out"], store=Path(folder) / "s", text="none") as session:
             graph, _ = record(decode, lambda: session.step(rows=rows))
             step = Steps(session, graph, rows)
             took["host"] = [step() for _ in range(WARM + steps)]
@@ -156,10 +156,10 @@ def main() -> None:
     made = model(LAYERS)
     out, raw = [], dict[str, Any]()
     for batch in map(int, arguments.batch.split(",")):
-        decode = Decode(made, batch)
+        decode = Decode(made, batch, logits=False)
         decode()
         for kind, settings in ENGINES.items():
-            took = measure(decode, batch, settings, arguments.steps)
+            took = measure(made, decode, batch, settings, arguments.steps)
             (p50, p99), (all50, all99) = (
                 (took[name][len(took[name]) // 2] / 1e3, took[name][len(took[name]) * 99 // 100] / 1e3) for name in ("took", "every")
             )

@@ -38,10 +38,10 @@ def model(layers: int, attention: str = "sdpa") -> Any:
 class Decode:
     """One decode step at a fixed position of a static cache, again and again."""
 
-    def __init__(self, made: Any, batch: int) -> None:
+    def __init__(self, made: Any, batch: int, *, logits: bool = True) -> None:
         from transformers import StaticCache
 
-        self.model = made
+        self.model = made if logits else made.model
         self.cache = StaticCache(config=made.config, max_cache_len=CONTEXT)
         config = made.config
         self.cache.early_initialization(batch, config.num_key_value_heads, config.head_dim, torch.bfloat16, torch.device("cuda"))
