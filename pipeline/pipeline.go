@@ -49,6 +49,7 @@ type Pipeline struct {
 	working sync.WaitGroup
 	shared  [ring.MaxLanes]sync.WaitGroup // items of the lane that workers have
 	sharing [ring.MaxLanes]bool           // there may be such
+	weight  [ring.MaxLanes]int            // of what came of its open step
 	plain   [ring.MaxLanes]bool           // of the step before: no verdict on its rows depends on what is told of requests later
 	books   [ring.MaxLanes]*book          // of its open step
 	guesses [ring.MaxLanes]bool           // its last step has drafts
@@ -85,13 +86,14 @@ func New(o Options) *Pipeline {
 // Run works until in is closed.
 func (p *Pipeline) Run(in <-chan []*drain.Item) {
 	for batch := range in {
-		much := weightOf(batch) >= p.options.ShareBytes && mostWorkers() > 1
+		much := p.much(batch)
 		last := len(batch) - 1
 		for last > 0 && batch[last].Kind != drain.Captured {
 			last--
 		}
 		ahead := 0 // items before it were shown, or will not be
 		for i, item := range batch {
+			p.weight[item.Lane] += weightOf(item)
 			switch {
 			case item.Owner != nil:
 				p.slicer.last = i == last
@@ -100,7 +102,8 @@ func (p *Pipeline) Run(in <-chan []*drain.Item) {
 			case item.Kind == drain.Closed && p.sharing[item.Lane]:
 				p.shareClose(item)
 			case item.Kind == drain.Opened:
-				if plain := p.rules == nil || p.rules.keepsAll(item.Step); !(much && plain && p.plain[item.Lane]) || p.guesses[item.Lane] {
+				plain, on := p.rules == nil || p.rules.keepsAll(item.Step), p.goesOn(item.Lane, much)
+				if !(on && plain && p.plain[item.Lane]) || p.guesses[item.Lane] {
 					p.rejoin(item.Lane)
 					p.plain[item.Lane] = plain
 				}

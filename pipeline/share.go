@@ -39,15 +39,29 @@ func siteOf(i *drain.Item) uint32 {
 // rowBytes is how many bytes are as much work as a row of none: finding its request and its stream, and booking it. Statistics have no more than that.
 const rowBytes = 1 << 10
 
-func weightOf(batch []*drain.Item) int {
-	n := 0
-	for i := range batch {
-		n += len(batch[i].Data)
-		if batch[i].Kind == drain.Captured {
-			n += rowBytes * int(batch[i].Record.Rows)
-		}
+func weightOf(i *drain.Item) int {
+	n := len(i.Data)
+	if i.Kind == drain.Captured {
+		n += rowBytes * int(i.Record.Rows)
 	}
 	return n
+}
+
+// much says whether there is much in a batch.
+func (p *Pipeline) much(batch []*drain.Item) bool {
+	n := 0
+	for _, i := range batch {
+		n += weightOf(i)
+	}
+	return n >= p.options.ShareBytes && mostWorkers() > 1
+}
+
+// goesOn says whether a step may begin while workers have the one before: where there is much in its batch, or was in that step. Its opening mostly comes alone, ahead of what it
+// captured, and would have all workers wait for the slowest one.
+func (p *Pipeline) goesOn(lane int, much bool) bool {
+	was := p.weight[lane]
+	p.weight[lane] = 0
+	return much || p.sharing[lane] && was >= p.options.ShareBytes
 }
 
 // share gives an item to its site's worker, who releases it.

@@ -192,7 +192,7 @@ struct Target {
   uint64_t offset;
 };
 
-constexpr uint32_t kInFlight = 4;  // loads of a thread before its first store
+constexpr uint32_t kInFlight = 8;  // loads of a thread before its first store
 
 // This thread's share of `count` vectors that lie behind each other on both sides.
 template <typename Vector>
