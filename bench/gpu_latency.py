@@ -3,7 +3,7 @@
 
     python bench/gpu_latency.py [--steps 400] [--batch 1,32,256] [--save bench/results]
 
-A Qwen3-4B-shaped model decodes in a CUDA graph, 37 sites observed, by the real engine, which stores them: one as it is by default, and one that polls (control.busy_poll_s).
+A Qwen3-4B-shaped model decodes in a CUDA graph, 37 sites observed, by the real engine, which stores them: one as it is by default, which looks for more while somebody follows (control.busy_poll_s), and one that sleeps.
 The model ends with its final norm: logits would come behind the last publication and before the end of the step, and take 0.2 ms. The subscriber is a process of its own (bench/live, built to bin/bench-live) that reads the engine's stream of tensors: of the last block's alone, and of all 37. The clock starts
 when the host sees that the device has come to the end of the step, a few microseconds behind its last publication, and stops when the subscriber has read the last block's tensor. A pause
 between steps keeps them apart. "host" is what the model's thread does for a step outside the forward, opening and closing it: in steps that follow each other, as a model decodes, and in those
@@ -34,7 +34,7 @@ from dmi.engine import binary
 
 LAYERS = 36
 WARM = 50
-ENGINES = {"": [], ", an engine that polls": ["--set", "control.busy_poll_s=0.1"]}
+ENGINES = {"": [], ", an engine that sleeps": ["--set", "control.busy_poll_s=0"]}
 
 
 @contextlib.contextmanager

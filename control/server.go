@@ -66,7 +66,7 @@ type Options struct {
 	TensorBytes  uint64        // put together outside staging (1 GiB)
 	HelloTimeout time.Duration // for a producer to introduce itself (10 s)
 	StopGrace    time.Duration // that a pump may do nothing before what it owes is given up (1 s)
-	BusyPoll     time.Duration // that a drain looks for more work before it sleeps (0: not at all)
+	BusyPoll     time.Duration // that a drain looks for more work before it sleeps, while somebody follows tensors live (0: not at all)
 	QueueBatches int           // between drain and pipeline (16)
 	Recorder     Recorder      // nil: no tapes
 	Gates        Gates         // in force from the start

@@ -156,6 +156,9 @@ func (x *session) start() {
 	}
 	items := make(chan []*drain.Item, o.QueueBatches)
 	d := drain.Options{Manifest: manifest{x.store, x.number}, Sites: x.newSites, Event: x.event, Resume: resume, TensorBytes: o.TensorBytes, BusyPoll: o.BusyPoll}
+	if o.Live != nil {
+		d.Awaited = o.Live.Heard
+	}
 	if x.tape != nil {
 		d.Tap = x.tape.Record
 	}

@@ -33,8 +33,10 @@ type Options struct {
 	// TensorBytes bounds what is put together outside staging: rows in parts, and records larger than half of it (1 GiB). What exceeds it
 	// is dropped(budget). As much again may be taken away from a device's spill, which then stays full beyond that.
 	TensorBytes uint64
-	// BusyPoll is for how long Run looks for more work, after some, before it sleeps (0: not at all).
+	// BusyPoll is for how long Run looks for more work, after some, before it sleeps (0: not at all), while somebody waits for what is handed on.
 	BusyPoll time.Duration
+	// Awaited says whether somebody does; nil: always. It is asked often.
+	Awaited func() bool
 	// HoldTime is how long an offer may wait for a decision (5 s).
 	HoldTime time.Duration
 }
@@ -144,7 +146,7 @@ func (d *Drain) Run() error {
 // poll looks for work for BusyPoll, or until a deadline that is earlier (zero: there is none), and reports whether it found any. To be woken takes a processor tens of microseconds, and the producer
 // a system call.
 func (d *Drain) poll(until time.Time) bool {
-	if d.options.BusyPoll == 0 {
+	if d.options.BusyPoll == 0 || d.options.Awaited != nil && !d.options.Awaited() {
 		return false
 	}
 	end := time.Now().Add(d.options.BusyPoll)

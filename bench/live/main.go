@@ -198,7 +198,7 @@ func (at place) settings() []string {
 	if at.polls {
 		return []string{"--set", "control.busy_poll_s=0.1"}
 	}
-	return nil
+	return []string{"--set", "control.busy_poll_s=0"}
 }
 
 // measure gives the latency of each step in microseconds.

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"runtime"
 	"slices"
 	"strings"
 	"syscall"
@@ -67,7 +68,7 @@ type ControlConfig struct {
 	Group     string  `koanf:"group" help:"a group whose members may open the socket as well (a name or number; the engine's user is one of them); empty: only the engine's user"`
 	Admission string  `koanf:"admission" help:"permissions: who may open the socket may attach; token: they send the store's token as well"`
 	Sessions  int     `koanf:"sessions" help:"producers at once, at most"`
-	BusyPoll  float64 `koanf:"busy_poll_s" help:"for how long the engine looks for a session's next records before it sleeps: for an engine with a core to itself, which this keeps busy while models run; 0: not at all"`
+	BusyPoll  float64 `koanf:"busy_poll_s" help:"for how long the engine looks for a session's next records before it sleeps, while somebody follows tensors live: it keeps a core busy then, as long as models run; 0: not at all, as by default where there are fewer than 8"`
 	RecordDir string  `koanf:"record_dir" help:"folder for tapes: what the engine saw of each session, to be replayed (docs/format/ringtape.md); empty: none"`
 }
 
@@ -117,7 +118,7 @@ func defaultConfig() Config {
 	return Config{
 		Store: StoreConfig{Path: "captures", BufferMiB: 256, ChunkKiB: 1024, FlushAge: 1000, SegmentMiB: 256, SegmentTensors: 32768, SegmentAge: 3600,
 			SyncMiB: 128, SyncAge: 1000, GroupCommit: 100, FullDiskWait: 30, TidyEvery: 10, CompactAfter: 30, CompactMiBs: 128, StallAfter: 10, LagAfter: 10, Direct: "auto"},
-		Control:     ControlConfig{Admission: "permissions", Sessions: 64},
+		Control:     ControlConfig{Admission: "permissions", Sessions: 64, BusyPoll: busyPoll()},
 		HTTP:        HTTPConfig{Requests: 256, StallTimeout: 60, Heartbeat: 15, Hosts: []string{}, Origins: []string{}},
 		Audit:       AuditConfig{FileMiB: 16, Files: 8},
 		Live:        LiveConfig{Subscribers: 512, QueueFrames: 8192, QueueMiB: 32, RecentEvents: 256},
@@ -406,4 +407,12 @@ func (c *effective) lines() []configLine {
 		lines[i] = configLine{s.key, value.FieldByIndex(s.index).Interface(), c.origin[s.key], s.help}
 	}
 	return lines
+}
+
+// busyPoll is a decoding step of most models, where a core can be spared for it.
+func busyPoll() float64 {
+	if runtime.GOMAXPROCS(0) < 8 {
+		return 0
+	}
+	return 0.02
 }
