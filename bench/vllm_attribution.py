@@ -5,7 +5,7 @@
 
 Requests of random lengths arrive over time; some are aborted, most share a beginning with others, the cache of keys is so small that many are preempted. A
 third of them are served with guesses of their next tokens (n-gram speculation), each engine decides for itself what is compiled and which of vLLM's model
-runners serves; `--eager` has nothing compiled. Of every request the captured residual stream, at every block, and logits are compared with the
+runners serves; `--eager` has nothing compiled. Of every request the captured residual stream, at every block, one block's queries and outputs of attention and MLP, and logits are compared with the
 reference, by position, within the tolerance of the dtype; every row must be nearer to its own reference than to any other of some hundred requests; positions,
 tokens and books are held against what vLLM gave and the reference ran. Any difference ends it. `--same` has an unobserved engine of each kind answer the first
 requests: the same tokens. In the environment that has vLLM (`.venv-vllm`), with the memory of one tiny model for each of `--engines`, which serve parts beside each
@@ -40,7 +40,9 @@ from attribution import Found, balanced, compare  # noqa: E402
 
 from served import CACHE, Alone, load, model_on_disk, serve  # noqa: E402
 
-HOOKS = ["tokens", "hook_embed", "blocks.*.hook_resid_post", "blocks.1.attn.hook_q", "logits"]
+ALSO = ["blocks.1.attn.hook_q", "blocks.1.hook_attn_out", "blocks.1.hook_mlp_out"]
+"""What vLLM writes over, of a block whose tensors wait for others."""
+HOOKS = ["tokens", "hook_embed", "blocks.*.hook_resid_post", *ALSO, "logits"]
 SAME = 60
 """Requests that an unobserved engine answers as well."""
 PIECE = 100
@@ -74,7 +76,7 @@ def prepare(model: Path, dtype: str) -> None:
 
 
 def compare_piece(store: Path, precision: str, requests: list[dict[str, Any]], result: dict[str, Any]) -> Found:
-    return compare(store, _alone, requests, result, whole=0, dtype=precision, piece=PIECE)
+    return compare(store, _alone, requests, result, whole=0, also=ALSO, dtype=precision, piece=PIECE)
 
 
 def compared(pool: ProcessPoolExecutor, store: Path, precision: str, requests: list[dict[str, Any]], result: dict[str, Any], said: str, begun: float) -> Found:

@@ -40,15 +40,15 @@ class Found:
     """Difference, over the largest value of its site."""
 
 
-def compare(store: Path, alone: Alone, requests: Sequence[dict[str, Any]], result: dict[str, Any], *, whole: int = 6, refused: str = "",
+def compare(store: Path, alone: Alone, requests: Sequence[dict[str, Any]], result: dict[str, Any], *, whole: int = 6, also: Sequence[str] = (), refused: str = "",
             dtype: str = "float32", piece: int = 100, progress: Callable[[Found], None] = lambda found: None) -> Found:  # fmt: skip
-    """The residual stream at every block and logits of all requests, every site that was captured of the first `whole`. And every row of the deepest site
+    """The residual stream at every block, logits and the sites of `also` of all requests, every site that was captured of the first `whole`. And every row of the deepest site
     against all rows of a piece of so many requests, so that a mix-up shows. Sites that `refused` names are not there. The books hold what was computed, no more
     and no less. Rows are read for many requests at once, and references computed so (`Alone.run_all`)."""
     found = Found()
     with dmi.open(store) as reader:
         for start in range(0, len(requests), piece):
-            _compare_piece(reader._fresh(), alone, requests[start : start + piece], result, max(0, whole - start), refused, dtype, found)
+            _compare_piece(reader._fresh(), alone, requests[start : start + piece], result, max(0, whole - start), also, refused, dtype, found)
             progress(found)
     return found
 
@@ -65,7 +65,8 @@ class _Request:
     """That were captured, by site."""
 
 
-def _compare_piece(client: Client, alone: Alone, requests: Sequence[dict[str, Any]], result: dict[str, Any], whole: int, refused: str, dtype: str, found: Found) -> None:
+def _compare_piece(client: Client, alone: Alone, requests: Sequence[dict[str, Any]], result: dict[str, Any], whole: int, also: Sequence[str],
+                   refused: str, dtype: str, found: Found) -> None:  # fmt: skip
     deepest = f"blocks.{alone.layers - 1}.hook_resid_post"
     there: list[_Request] = []
     in_whole: set[str] = {request["id"] for request in requests[:whole]}
@@ -95,7 +96,7 @@ def _compare_piece(client: Client, alone: Alone, requests: Sequence[dict[str, An
         found.cached += outcomes["cached(prefix)"]
         found.rejected += outcomes["rejected(speculation)"]
         there.append(_Request(request["id"], tokens, aborted, len(request["prompt"]), captured))
-    common = {"hook_embed", "logits", *(f"blocks.{layer}.hook_resid_post" for layer in range(alone.layers))}
+    common = {"hook_embed", "logits", *also, *(f"blocks.{layer}.hook_resid_post" for layer in range(alone.layers))}
     references = {each.id: reference for part, only in ((False, common), (True, None))
                   for each, reference in _references(alone, [one for one in there if (one.id in in_whole) == part], only)}  # fmt: skip
     for name in dict.fromkeys(name for reference in references.values() for name in reference):
