@@ -5,6 +5,7 @@ import (
 	"runtime"
 	"slices"
 	"testing"
+	"time"
 
 	"dmi/drain"
 	"dmi/ring"
@@ -87,4 +88,59 @@ func TestSubscribersAreAhead(t *testing.T) {
 	if want := []string{"live 0", "live 2", "store 0", "store 2", "live 1", "store 1"}; !slices.Equal(got.got, want) {
 		t.Errorf("got %q, want %q", got.got, want)
 	}
+}
+
+// slow is a Store that takes what a site has when it is let, and says of what others have.
+type slow struct {
+	let  chan struct{}
+	came chan uint64 // steps
+}
+
+func (s slow) AppendChunks(chunks []tensor.Chunk) (int, error) {
+	if chunks[0].Site == 0 {
+		<-s.let
+	} else {
+		s.came <- chunks[0].Step
+	}
+	return len(chunks), nil
+}
+func (s slow) Book([]tensor.Entry) error { return nil }
+
+// A step whose opening comes alone begins while a worker still has a site of the one before, in which there was much.
+func TestStepsGoOnBesideASlowSite(t *testing.T) {
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(4))
+	s := slow{make(chan struct{}), make(chan uint64, 2)}
+	p := New(Options{Store: s, ShareBytes: 2 * rowBytes})
+	in, done := make(chan []*drain.Item, 6), make(chan struct{})
+	go func() {
+		p.Run(in)
+		close(done)
+	}()
+	for number := uint64(1); number <= 2; number++ {
+		step := &drain.Step{Number: number, Sites: make([]ring.Site, 2), Rows: &ring.Rows{}}
+		step.Rows.Spaces[ring.SpaceTokens] = ring.RowList{Spans: []ring.RowSpan{{Span: ring.Span{Request: 1, Count: 1}}}, Count: 1}
+		var captured []*drain.Item
+		for i := range step.Sites {
+			step.Sites[i] = ring.Site{ID: uint32(i), NDim: 2, Role: [ring.MaxDims]uint8{ring.RoleRow, ring.RoleInner}}
+			captured = append(captured, &drain.Item{Kind: drain.Captured, Step: step, Data: make([]byte, 8), Record: ring.Record{Step: number, Site: uint32(i), Rows: 1, Outcome: ring.OutcomeCaptured,
+				PayloadBytes: 8, TensorBytes: 8, DType: ring.DTypeU8, NDim: 2, Size: [ring.MaxDims]uint32{1, 8}, Stride: [ring.MaxDims]uint32{8, 1},
+				Role: [ring.MaxDims]uint8{ring.RoleRow, ring.RoleInner}, Flags: ring.RecordGathered}})
+		}
+		in <- []*drain.Item{{Kind: drain.Opened, Step: step}}
+		in <- captured
+		in <- []*drain.Item{{Kind: drain.Closed, Step: step}}
+	}
+	for number := uint64(1); number <= 2; number++ {
+		select {
+		case got := <-s.came:
+			if got != number {
+				t.Errorf("step %d came in the place of %d", got, number)
+			}
+		case <-time.After(20 * time.Second):
+			t.Errorf("step %d waits for a site of the one before", number)
+		}
+	}
+	close(s.let)
+	close(in)
+	<-done
 }

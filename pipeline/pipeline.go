@@ -49,7 +49,7 @@ type Pipeline struct {
 	working sync.WaitGroup
 	shared  [ring.MaxLanes]sync.WaitGroup // items of the lane that workers have
 	sharing [ring.MaxLanes]bool           // there may be such
-	weight  [ring.MaxLanes]int            // of what came of its open step
+	weight  [ring.MaxLanes]int            // of what workers have of its open step
 	plain   [ring.MaxLanes]bool           // of the step before: no verdict on its rows depends on what is told of requests later
 	books   [ring.MaxLanes]*book          // of its open step
 	guesses [ring.MaxLanes]bool           // its last step has drafts
@@ -93,7 +93,9 @@ func (p *Pipeline) Run(in <-chan []*drain.Item) {
 		}
 		ahead := 0 // items before it were shown, or will not be
 		for i, item := range batch {
-			p.weight[item.Lane] += weightOf(item)
+			if p.sharing[item.Lane] {
+				p.weight[item.Lane] += weightOf(item)
+			}
 			switch {
 			case item.Owner != nil:
 				p.slicer.last = i == last

@@ -61,7 +61,7 @@ func (p *Pipeline) much(batch []*drain.Item) bool {
 func (p *Pipeline) goesOn(lane int, much bool) bool {
 	was := p.weight[lane]
 	p.weight[lane] = 0
-	return much || p.sharing[lane] && was >= p.options.ShareBytes
+	return much || was >= p.options.ShareBytes
 }
 
 // share gives an item to its site's worker, who releases it.

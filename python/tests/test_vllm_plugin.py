@@ -134,7 +134,7 @@ class Scheduler:
         if at is None:
             return np.frombuffer(self.batches.table(batch), SPANS)
         self.at_once += 1
-        return np.frombuffer(ctypes.string_at(at.address, at.count * SPANS.itemsize), SPANS)
+        return np.frombuffer(ctypes.string_at(at.address, at.number * SPANS.itemsize), SPANS)
 
     def judge(self, table: Any) -> None:
         wrong = {(int(span["request"]), int(span["position"]) + i, int(span["attempt"])) for span in table[table["flags"] == SPAN_REJECTED] for i in range(span["count"])}
@@ -223,7 +223,11 @@ def test_steps_whose_spans_libdmi_makes() -> None:
     everybody = [*"ac", *(f"more{n}" for n in range(600))]
     assert batches.spans(Batch(everybody, [1] * 602, [7, 4, *[0] * 600])) is not None
     assert batches._sequences["a"].attempt == 0 and batches._sequences["more599"].number == 602
-    assert not at_once("ac", [1, 2], [8, 5], (0, 1)) and not at_once("ac", [1, 1], [9, 7]), "once there were guesses, their fates are to be told"
+    assert at_once("ac", [1, 1], [8, 5])
+    batches.finish(["a"])
+    batches.begin(new[:1])
+    assert at_once("ac", [1, 1], [0, 6]) and [found and found[0].number for found in batches.asked.of(["a", "c"])] == [603, 2], "another one of the same name"
+    assert not at_once("ac", [1, 2], [1, 7], (0, 1)) and not at_once("ac", [1, 1], [2, 9]), "once there were guesses, their fates are to be told"
 
 
 def test_tokens_are_told() -> None:

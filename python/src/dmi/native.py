@@ -175,7 +175,7 @@ class SpansAt(NamedTuple):
     """Spans in memory of somebody's, who keeps them until the step is open."""
 
     address: int
-    count: int
+    number: int
 
 
 class Pack:

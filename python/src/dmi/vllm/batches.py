@@ -111,9 +111,9 @@ class Asked:
 
     ids: Sequence[str] = ()
     sequences: Sequence[_Sequence] = ()
-    first: Sequence[int] = ()
-    drafts: Sequence[int] | None = None
-    """None: none of anybody."""
+    first: Any = ()
+    drafts: Any = None
+    """Arrays; no drafts: none of anybody."""
 
     def of(self, ids: Sequence[str]) -> Iterator[tuple[_Sequence, int, int] | None]:
         """Those of some requests, in turn; None: not of this step. What is sampled comes in the order of the rows, as a rule."""
@@ -225,6 +225,7 @@ class Batches:
             sequence = self._sequences.pop(key, None)
             if sequence is not None:
                 self._free.append(sequence.slot)
+                self._ids = []  # another one may come by that name
                 sequence.slot = -1
                 self._finished.append(sequence)
 
