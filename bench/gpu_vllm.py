@@ -19,6 +19,8 @@ vllm-lens         vllm-lens's output_residual_stream of the same 36 layers, wher
 transformer-lens  TransformerLens's vLLM driver, where it is installed. It knows no decoding: prompts of 128 tokens run once, all residuals captured,
                   against the unobserved engine generating one token from the same prompts
 
+Of observed engines it says as well what share of their rows were captured, and how long DMI had the worker's thread for a step.
+
 What a variant cannot run it says, and the result has it as a note, with the vLLM that its package asks for. What a variant has come to is kept in build/gpu-vllm: the
 same command goes on where it stopped, until --again. No variant begins that would not end within the minutes.
 """
@@ -335,6 +337,7 @@ class Bench:
         self.batches = (1, 4) if given.tiny else (1, 32, 256)
         self.rate = rate  # of arrivals, a second
         self.missed: dict[str, int] = {}  # rows so far, by reason
+        self.steps, self.took = 0, 0.0  # of the worker's thread, so far
 
     def row(self, metric: str, value: float, unit: str, **rest: Any) -> None:
         self.rows.append(result.row(metric, value, unit, **rest))
@@ -421,6 +424,9 @@ class Bench:
         share = new.get("captured", 0) / max(1, sum(new.values()))
         self.raw[f"{process.name}, {what}: rows"] = new
         said = ", ".join(f"{n:,} {reason}" for reason, n in new.items() if reason != "captured") or "none"
+        steps, took = status["steps"] - self.steps, status["thread_us"] - self.took
+        self.steps, self.took = status["steps"], status["thread_us"]
+        self.row(f"{process.name}, {what}: DMI on the worker's thread, a step", took / max(1, steps), "us")
         self.row(f"{process.name}, {what}: rows captured", 100 * share, "%", goal="100", met=share == 1)
         print(f"    not captured: {said}", flush=True)
         return status

@@ -201,5 +201,7 @@ def test_warming_up_is_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
     Plugin.into(it, it.vllm_config)
     it.model_runner.load_model()
     assert it.compile_or_warm_up_model() == "executed" and calls == []
+    assert (it.dmi_status()["steps"], it.dmi_status()["thread_us"]) == (0, 0)
     it.model_runner.execute_model(SCHEDULED)
     assert calls == ["scheduled", "open", "launched", "close"] and it.dmi_status()["observed"]
+    assert it.dmi_status()["steps"] == 1 and 0 < it.dmi_status()["thread_us"] < 1e6

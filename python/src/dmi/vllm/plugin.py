@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import re
+import time
 from typing import Any
 
 from dmi.hook import HookError
@@ -64,6 +65,8 @@ class Plugin:
         worker.dmi_status = self.status
         worker.dmi_flush = self.flush
         self._wrap(worker, "shutdown", self._detach)
+        self._steps = self._thread_ns = 0
+        """That were opened, and nanoseconds that the model's thread was ours for: since the model was loaded."""
         self._warming_up = False
         self._unseen_while(worker, "compile_or_warm_up_model")
 
@@ -91,10 +94,12 @@ class Plugin:
 
     # -------------------------------------------------------------- what people ask
     def status(self) -> dict[str, Any]:
-        """`observed`; where it is not, the `reason`; where it is, what `Session.status` says."""
+        """`observed`; where it is not, the `reason`; where it is, what `Session.status` says, and how many `steps` the model's thread opened and was ours for how many
+        microseconds (`thread_us`), captures in the model aside."""
         if self._session is None:
             return {"observed": False, "reason": self._reason}
-        return {"observed": True, "reason": "", **self._session.status(), "skipped": self._session.skipped, **self._memory.status()}
+        return {"observed": True, "reason": "", **self._session.status(), "skipped": self._session.skipped, **self._memory.status(),
+                "steps": self._steps, "thread_us": self._thread_ns / 1e3}  # fmt: skip
 
     def _tell(self) -> None:
         session = self._session
@@ -162,6 +167,7 @@ class Plugin:
         observer = self._observer
         if observer is None or self._warming_up:
             return None
+        begun = time.perf_counter_ns()
         try:
             return getattr(observer, what)(*[argument() if callable(argument) else argument for argument in args], **kwargs)
         except Exception as error:
@@ -169,6 +175,10 @@ class Plugin:
             _unobserved(self._reason)
             self._detach()
             return None
+        finally:
+            if what != "sampled":  # by another thread, perhaps
+                self._thread_ns += time.perf_counter_ns() - begun
+                self._steps += what == "open"
 
     def _detach(self) -> None:
         session, self._session, self._observer = self._session, None, None
