@@ -93,7 +93,7 @@ func (p *Pipeline) Run(in <-chan []*drain.Item) {
 		}
 		ahead := 0 // items before it were shown, or will not be
 		for i, item := range batch {
-			if p.sharing[item.Lane] {
+			if much || p.sharing[item.Lane] {
 				p.weight[item.Lane] += weightOf(item)
 			}
 			switch {
