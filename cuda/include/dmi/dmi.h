@@ -152,8 +152,8 @@ struct dmi_pack {
 };
 
 /* Makes the spans of a step of `count` requests: the tokens of each, then of each the row whose logits are computed, its last. Moves `next`
- * on, and returns 1. 0, and nothing is changed, where the rows of one do not begin at its `next`: it was computed before, or in another
- * request. */
+ * on, and returns 1. 0, and nothing is changed, where the rows of one do not begin at its `next`: some were computed before, or come
+ * from a prefix cache. Reads and writes what `pack` points at and nothing else; slots are taken to be among the sequences. Any thread. */
 DMI_API int32_t dmi_pack_rows(const struct dmi_pack* pack, uint32_t count);
 
 /* Closes that step; does nothing if the thread has not got it open (any more). DMI_ERROR_TIMEOUT if a capture of the step gave up. */

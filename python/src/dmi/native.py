@@ -172,7 +172,7 @@ SEQUENCES = np.dtype([("request", "<u8"), ("prompt", "<u4"), ("next", "<u4"), ("
 
 
 class SpansAt(NamedTuple):
-    """Spans in memory of somebody's, who keeps them until the step is open."""
+    """`number` spans (dmi_span) at an address, in memory of somebody's, who keeps them until the step is open."""
 
     address: int
     number: int
@@ -180,7 +180,8 @@ class SpansAt(NamedTuple):
 
 class Pack:
     """Spans of steps of which requests' rows lie one behind another in one dimension, made by libdmi: a loop over hundreds of them takes Python longer than a small model's step may. The arrays
-    are for the caller to fill: `sequences`, and for a step `slots` (whose rows, as places among the sequences), `counts` (their tokens) and `positions` (of the first)."""
+    are for the caller to fill, each [capacity]: `sequences` (SEQUENCES), and for a step, uint32, `slots` (whose rows, as places among the sequences), `counts` (their tokens) and `positions` (of the first).
+    A step has no more requests than `capacity`. One thread at a time."""
 
     def __init__(self, capacity: int) -> None:
         self._library = load()

@@ -58,7 +58,7 @@ class _Sequence:
 
     number: int
     slot: int
-    """Its place in `Batches`'s columns, until it is over."""
+    """Its place among the sequences of `Batches`'s pack; -1: it is over, and another one may have that."""
     prompt: int
     tokens: list[int]
     """That it has, prompt included, as far as is known; none, ever, where the prompt is embeddings."""
