@@ -100,10 +100,17 @@ type book struct {
 	drafts   []tensor.Entry // of end: guesses, whose fate the next step tells
 	accounts []account
 	verdicts map[rowsOf][]verdict // of the policy on the step's rows
-	// by site: what order the rows of its account are in. A site's worker writes its own
+	// by site: what order the rows of its account are in. Whoever has the site writes its own
 	selections []uint16
 	key        []byte
+	turn       turn
 	late
+}
+
+func newBook() *book {
+	b := new(book)
+	b.turn.left.Store(1) // its close
+	return b
 }
 
 // begin starts a step, with the memory of the one before.

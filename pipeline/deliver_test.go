@@ -106,10 +106,12 @@ func (s slow) AppendChunks(chunks []tensor.Chunk) (int, error) {
 }
 func (s slow) Book([]tensor.Entry) error { return nil }
 
-// A step whose opening comes alone begins while a worker still has a site of the one before, in which there was much.
+// A step whose opening comes alone begins while a worker still has a site of the one before, in which there was much; and that holds up no other site, though there are
+// more sites than workers.
 func TestStepsGoOnBesideASlowSite(t *testing.T) {
 	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(4))
-	s := slow{make(chan struct{}), make(chan uint64, 2)}
+	const sites = 8
+	s := slow{make(chan struct{}), make(chan uint64, 2*sites)}
 	p := New(Options{Store: s, ShareBytes: 2 * rowBytes})
 	in, done := make(chan []*drain.Item, 6), make(chan struct{})
 	go func() {
@@ -117,7 +119,7 @@ func TestStepsGoOnBesideASlowSite(t *testing.T) {
 		close(done)
 	}()
 	for number := uint64(1); number <= 2; number++ {
-		step := &drain.Step{Number: number, Sites: make([]ring.Site, 2), Rows: &ring.Rows{}}
+		step := &drain.Step{Number: number, Sites: make([]ring.Site, sites), Rows: &ring.Rows{}}
 		step.Rows.Spaces[ring.SpaceTokens] = ring.RowList{Spans: []ring.RowSpan{{Span: ring.Span{Request: 1, Count: 1}}}, Count: 1}
 		var captured []*drain.Item
 		for i := range step.Sites {
@@ -130,15 +132,17 @@ func TestStepsGoOnBesideASlowSite(t *testing.T) {
 		in <- captured
 		in <- []*drain.Item{{Kind: drain.Closed, Step: step}}
 	}
-	for number := uint64(1); number <= 2; number++ {
+	came := map[uint64]int{}
+	for range 2 * (sites - 1) {
 		select {
-		case got := <-s.came:
-			if got != number {
-				t.Errorf("step %d came in the place of %d", got, number)
-			}
+		case step := <-s.came:
+			came[step]++
 		case <-time.After(20 * time.Second):
-			t.Errorf("step %d waits for a site of the one before", number)
+			t.Fatalf("of %d sites beside the slow one came, by step, %v: the others wait for it", sites-1, came)
 		}
+	}
+	if came[1] != sites-1 || came[2] != sites-1 {
+		t.Errorf("of %d sites beside the slow one came, by step, %v", sites-1, came)
 	}
 	close(s.let)
 	close(in)

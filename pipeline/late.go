@@ -27,7 +27,7 @@ type late struct {
 	keeps    []policy.Keep // by site; nil: nothing is kept
 	document uint64        // whose triggers they name
 	met      map[uint64]uint64
-	offers   [][]*drain.Offer // by site; a site's worker writes its own
+	offers   [][]*drain.Offer // by site; whoever has the site writes its own
 	others   [][]drain.Item   // by site: what becomes of rows on offer otherwise
 	held     atomic.Int64     // bytes of rows in full among them
 }

@@ -42,10 +42,11 @@ type Options struct {
 type Pipeline struct {
 	options Options
 	slicer  slicer
-	showing slicer      // of ahead
-	shown   []bool      // items of the batch that live subscribers have
-	rules   *selector   // nil: everything that comes is kept
-	workers []chan task // none before they are needed
+	showing slicer       // of ahead
+	shown   []bool       // items of the batch that live subscribers have
+	rules   *selector    // nil: everything that comes is kept
+	ready   chan *strand // that have something for workers; nil before these are needed
+	strands []*strand    // by site
 	working sync.WaitGroup
 	shared  [ring.MaxLanes]sync.WaitGroup // items of the lane that workers have
 	sharing [ring.MaxLanes]bool           // there may be such
@@ -76,9 +77,9 @@ func New(o Options) *Pipeline {
 	if o.Rules != nil {
 		p.rules = newSelector(o.Rules)
 	}
-	p.spare.New = func() any { return new(book) }
+	p.spare.New = func() any { return newBook() }
 	for lane := range p.books {
-		p.books[lane] = new(book)
+		p.books[lane] = newBook()
 	}
 	return p
 }

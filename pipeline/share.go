@@ -5,18 +5,31 @@ import (
 	"sync/atomic"
 
 	"dmi/drain"
+	"dmi/ring"
 )
 
-// Sites have nothing to do with each other until their step ends. So where there is much to slice, workers do it: each site always the same
-// one, so that its rows keep their order. A step ends where the last worker comes to its end; the next may have begun by then, with books
-// of its own. Everything else that concerns a lane as a whole waits until they are through.
-const workerQueue = 64 // items a worker may have before Run waits for it
+// Sites have nothing to do with each other until their step ends. So where there is much to slice, workers do it: any of them any site's, one item of a site at a time,
+// so that its rows keep their order. A worker that is held up, by its processor or by the store, then holds up one site, and not all that would have been its own:
+// staging is freed in the order it was filled in. Everything else that concerns a lane as a whole waits until they are through.
+const siteQueue = 64 // items of a site that may wait for a worker before Run waits for one
 
-// task is an item for a worker, with the books of its step. A close goes to all of them.
+// strand is what a site has for workers.
+type strand struct {
+	tasks   chan task
+	waiting atomic.Int32 // tasks, with the one at work: the strand is in Pipeline.ready, or a worker has it, where there are any
+}
+
+// task is an item of a site, with the books of its step.
 type task struct {
 	item *drain.Item
 	book *book
-	left *atomic.Int32 // of a close: workers that have not come to it
+}
+
+// turn is a book's place among the steps of its lane that workers have: these end one after another.
+type turn struct {
+	left  atomic.Int32 // what it still waits for: items that workers have, its close, and the step before, where that was shared
+	close *drain.Item
+	next  *book
 }
 
 // mostWorkers leaves half of the processors, where there are more than a few, to the model whose tensors these are.
@@ -64,49 +77,67 @@ func (p *Pipeline) goesOn(lane int, much bool) bool {
 	return much || was >= p.options.ShareBytes
 }
 
-// share gives an item to its site's worker, who releases it.
+// share gives an item to the workers, one of whom releases it.
 func (p *Pipeline) share(i *drain.Item) {
-	if p.workers == nil {
-		p.workers = make([]chan task, mostWorkers())
-		for n := range p.workers {
-			p.workers[n] = make(chan task, workerQueue)
-			p.working.Add(1)
-			go p.work(p.workers[n])
+	if p.ready == nil {
+		p.ready = make(chan *strand, ring.MaxSites) // each is in it once at most, so nobody waits for room
+		for range mostWorkers() {
+			p.working.Go(p.work)
 		}
 	}
+	site := int(siteOf(i))
+	for len(p.strands) <= site {
+		p.strands = append(p.strands, &strand{tasks: make(chan task, siteQueue)})
+	}
+	b := p.books[i.Lane]
 	p.sharing[i.Lane] = true
 	p.shared[i.Lane].Add(1)
-	p.workers[(int(siteOf(i))+i.Lane)%len(p.workers)] <- task{item: i, book: p.books[i.Lane]}
+	b.turn.left.Add(1)
+	s := p.strands[site]
+	s.tasks <- task{item: i, book: b}
+	if s.waiting.Add(1) == 1 {
+		p.ready <- s
+	}
 }
 
 // shareClose ends a step behind what workers have of it.
 func (p *Pipeline) shareClose(i *drain.Item) {
-	t := task{item: i, book: p.books[i.Lane], left: new(atomic.Int32)}
-	t.left.Store(int32(len(p.workers)))
-	p.books[i.Lane] = p.spare.Get().(*book)
-	p.shared[i.Lane].Add(1)
-	for _, items := range p.workers {
-		items <- t
-	}
+	b, next := p.books[i.Lane], p.spare.Get().(*book)
+	next.turn.left.Add(1) // this step
+	b.turn.close, b.turn.next = i, next
+	p.books[i.Lane] = next
+	p.shared[i.Lane].Add(2) // the step's end, and our own part in it
+	p.over(i.Lane, b)
 }
 
-func (p *Pipeline) work(tasks <-chan task) {
-	defer p.working.Done()
-	s := slicer{session: p.options.Session}
-	for t := range tasks {
-		lane := t.item.Lane
-		switch {
-		case t.left == nil:
-			p.site(&s, t.book, t.item)
-		case t.left.Add(-1) > 0:
-			continue
-		default:
-			if !p.close(t.book, t.item) {
-				p.spare.Put(t.book)
-			}
+// over takes away something that a step waits for. Where that was the last, it ends, and the steps behind it that have nothing else to wait for.
+func (p *Pipeline) over(lane int, b *book) {
+	done := 1
+	for b.turn.left.Add(-1) == 0 {
+		ended, i := b, b.turn.close
+		b = b.turn.next
+		ended.turn.close, ended.turn.next = nil, nil
+		ended.turn.left.Store(1)
+		if !p.close(ended, i) {
+			p.spare.Put(ended)
 		}
+		i.Release()
+		done++
+	}
+	p.shared[lane].Add(-done)
+}
+
+func (p *Pipeline) work() {
+	s := slicer{session: p.options.Session}
+	for strand := range p.ready {
+		t := <-strand.tasks
+		p.site(&s, t.book, t.item)
+		lane := t.item.Lane
 		t.item.Release()
-		p.shared[lane].Done()
+		if strand.waiting.Add(-1) > 0 {
+			p.ready <- strand
+		}
+		p.over(lane, t.book)
 	}
 }
 
@@ -120,9 +151,12 @@ func (p *Pipeline) rejoin(lane int) {
 
 // dismiss ends the workers, when they are through.
 func (p *Pipeline) dismiss() {
-	for _, items := range p.workers {
-		close(items)
+	if p.ready == nil {
+		return
 	}
+	for lane := range p.shared {
+		p.rejoin(lane)
+	}
+	close(p.ready)
 	p.working.Wait()
-	p.workers = nil
 }
