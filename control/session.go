@@ -163,7 +163,7 @@ func (x *session) start() {
 		d.Tap = x.tape.Record
 	}
 	x.drain = drain.New(x.ring, x.bell, items, d)
-	p := pipeline.Options{Session: x.number, Store: x.store, Live: o.Live, Triggers: o.Triggers, Event: x.event, Closed: x.stepClosed}
+	p := pipeline.Options{Session: x.number, Store: x.store, Live: o.Live, Triggers: o.Triggers, Event: x.event, Closed: x.stepClosed, Full: x.waiting}
 	if o.Rules != nil {
 		p.Rules = o.Rules(x.number, x.hello.Mode)
 	}
@@ -183,6 +183,12 @@ func (x *session) start() {
 			x.conn.SetReadDeadline(time.Unix(1, 0)) // the connection's goroutine tells the producer
 		}
 	}()
+}
+
+// waiting is the part that is in use of where payload lies until it is sliced.
+func (x *session) waiting() float64 {
+	part := func(used, capacity uint64) float64 { return float64(used) / float64(max(capacity, 1)) }
+	return max(part(x.ring.Stage.Used()), part(x.ring.Spilled.Used()))
 }
 
 // applyGates writes the gates of the sites that there are. A session that is not mapped yet, or no more, does so when it is.

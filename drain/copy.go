@@ -33,7 +33,7 @@ func (d *Drain) request() bool {
 	together := min(d.options.CoalesceBytes, d.ring.Stage.Capacity()/2)
 	for len(d.want) > 0 {
 		e := d.want[0]
-		if e.bytes > d.ring.Stage.Capacity()/2 || e.bytes > d.options.TensorBytes {
+		if aligned(e.bytes) > d.ring.Stage.Capacity() || e.bytes > d.options.TensorBytes {
 			if d.requestPiece(e) {
 				moved = true
 				continue
@@ -116,10 +116,20 @@ func (d *Drain) requestPiece(e *entry) bool {
 	if lease == nil {
 		return false
 	}
-	d.big = e
+	if d.big == nil {
+		d.big, e.owned = e, d.memory(e.bytes)
+	}
 	d.copied.Add(n)
 	d.copying = append(d.copying, copyJob{entries: []*entry{e}, lease: lease, piece: true, last: d.ring.Post(e.at+asked, n, lease.At)})
 	return true
+}
+
+// memory is room for a payload outside staging: that of the last such one, if nobody reads it any more. Large memory that is new is filled with zeros, page by page.
+func (d *Drain) memory(bytes uint64) []byte {
+	if last := d.spare.Swap(nil); last != nil && uint64(cap(*last)) >= bytes {
+		return (*last)[:0]
+	}
+	return make([]byte, 0, bytes)
 }
 
 // completions takes note of what the pump has done, and frees its payload.
@@ -142,6 +152,7 @@ func (d *Drain) completions() bool {
 					continue
 				}
 				e.item.Data, d.big, d.want = e.owned, nil, d.want[1:]
+				e.item.owned, e.item.drain = e.owned, d
 			}
 			e.ready = true
 			d.free(e)

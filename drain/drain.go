@@ -30,7 +30,7 @@ type Options struct {
 	Resume []uint64
 	// CoalesceBytes is the size of a copy command where there is much (4 MiB).
 	CoalesceBytes uint64
-	// TensorBytes bounds what is put together outside staging: rows in parts, and records larger than half of it (1 GiB). What exceeds it
+	// TensorBytes bounds what is put together outside staging: rows in parts, and records larger than all of it (1 GiB). What exceeds it
 	// is dropped(budget). As much again may be taken away from a device's spill, which then stays full beyond that.
 	TensorBytes uint64
 	// BusyPoll is for how long Run looks for more work, after some, before it sleeps (0: not at all), while somebody waits for what is handed on.
@@ -60,13 +60,14 @@ type Drain struct {
 	lanes   []*lane
 	want    []*entry // payload not yet asked for, in the order it was read
 	copying []copyJob
-	big     *entry        // the one record at a time that is put together outside staging
-	gone    tensor.Reason // not none: the pump is gone, and with it what is in the payload ring
-	taken   []*entry      // of this pass, whose spill is to be freed
-	spilled *spillPass    // likewise, whose spill the consumer reads; nil: it took none
-	away    uint64        // bytes of spilled payload that were taken away and are not handed on
-	done    uint64        // commands completed
-	foreign uint64        // commands below this were posted by an engine before us, into staging we do not know of
+	big     *entry                 // the one record at a time that is put together outside staging
+	gone    tensor.Reason          // not none: the pump is gone, and with it what is in the payload ring
+	taken   []*entry               // of this pass, whose spill is to be freed
+	spilled *spillPass             // likewise, whose spill the consumer reads; nil: it took none
+	spare   atomic.Pointer[[]byte] // memory of the last payload that was put together outside staging
+	away    uint64                 // bytes of spilled payload that were taken away and are not handed on
+	done    uint64                 // commands completed
+	foreign uint64                 // commands below this were posted by an engine before us, into staging we do not know of
 	batch   []*Item
 	passed  uint64  // bytes of the batch
 	entries []entry // not used yet

@@ -50,6 +50,7 @@ type Item struct {
 
 	lease *ring.Lease
 	spill *spillUse
+	owned []byte // memory for a payload outside staging
 	drain *Drain
 }
 
@@ -71,6 +72,10 @@ func (i *Item) Release() {
 			i.drain.bell.Wake()
 		}
 		i.lease = nil
+	}
+	if memory := i.owned; memory != nil {
+		i.owned = nil
+		i.drain.spare.Store(&memory)
 	}
 	if i.spill != nil {
 		i.drain.ring.Spilled.Free(i.spill.at, i.spill.bytes)

@@ -32,6 +32,8 @@ type Options struct {
 	Live    Live                              // nil: nobody listens
 	Event   func(level, code, message string) // must not block; nil: nobody is told
 	Closed  func(lane int, step uint64)       // after everything of a step was delivered; nil: nobody asks
+	// Full says which part is taken of where payload waits for us: so many workers of those that there may be work. nil: all that there may be.
+	Full func() float64
 	// ShareBytes is how much a batch must have for several goroutines to share it (1 MiB), a row being as much as rowBytes at least: below, handing it over costs more than it brings.
 	ShareBytes int
 	Rules      Rules    // nil: everything that comes is kept
@@ -42,12 +44,11 @@ type Options struct {
 type Pipeline struct {
 	options Options
 	slicer  slicer
-	showing slicer       // of ahead
-	shown   []bool       // items of the batch that live subscribers have
-	rules   *selector    // nil: everything that comes is kept
-	ready   chan *strand // that have something for workers; nil before these are needed
-	strands []*strand    // by site
-	working sync.WaitGroup
+	showing slicer    // of ahead
+	shown   []bool    // items of the batch that live subscribers have
+	rules   *selector // nil: everything that comes is kept
+	pool    pool
+	strands []*strand                     // by site: what workers have to do
 	shared  [ring.MaxLanes]sync.WaitGroup // items of the lane that workers have
 	sharing [ring.MaxLanes]bool           // there may be such
 	weight  [ring.MaxLanes]int            // of what workers have of its open step
@@ -73,10 +74,14 @@ func New(o Options) *Pipeline {
 	if o.ShareBytes == 0 {
 		o.ShareBytes = 1 << 20
 	}
+	if o.Full == nil {
+		o.Full = func() float64 { return 1 }
+	}
 	p := &Pipeline{options: o, slicer: slicer{session: o.Session}, showing: slicer{session: o.Session}, told: map[uint32]bool{}, twice: map[uint32]bool{}, endings: map[*ending]bool{}}
 	if o.Rules != nil {
 		p.rules = newSelector(o.Rules)
 	}
+	p.pool.most, p.pool.full, p.pool.work = mostWorkers(), o.Full, p.work
 	p.spare.New = func() any { return newBook() }
 	for lane := range p.books {
 		p.books[lane] = newBook()

@@ -2,21 +2,60 @@ package pipeline
 
 import (
 	"runtime"
+	"sync"
 	"sync/atomic"
 
 	"dmi/drain"
-	"dmi/ring"
 )
 
 // Sites have nothing to do with each other until their step ends. So where there is much to slice, workers do it: any of them any site's, one item of a site at a time,
 // so that its rows keep their order. A worker that is held up, by its processor or by the store, then holds up one site, and not all that would have been its own:
 // staging is freed in the order it was filled in. Everything else that concerns a lane as a whole waits until they are through.
-const siteQueue = 64 // items of a site that may wait for a worker before Run waits for one
+const (
+	siteQueue  = 64 // items of a site that may wait for a worker before Run waits for one
+	fewWorkers = 2  // that may work in any case
+)
 
 // strand is what a site has for workers.
 type strand struct {
 	tasks   chan task
-	waiting atomic.Int32 // tasks, with the one at work: the strand is in Pipeline.ready, or a worker has it, where there are any
+	waiting atomic.Int32 // tasks, with the one at work: the strand is in pool.ready, or a worker has it, where there are any
+}
+
+// pool is the workers. One begins where there is more to do than those that there are ought to do alone, and ends where there is nothing.
+type pool struct {
+	most    int
+	full    func() float64
+	work    func(ready func() *strand)
+	working sync.WaitGroup
+
+	mu      sync.Mutex
+	ready   []*strand // that have something, in turn: each once
+	running int
+}
+
+// put makes a strand ready.
+func (p *pool) put(s *strand) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.ready = append(p.ready, s)
+	if p.running < p.most && p.running < fewWorkers+int(float64(p.most)*p.full()) {
+		p.running++
+		p.working.Go(func() { p.work(p.take) })
+	}
+}
+
+// take gives a worker the next one. nil: there is none, and the worker ends.
+func (p *pool) take() *strand {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if len(p.ready) == 0 {
+		p.running--
+		return nil
+	}
+	s := p.ready[0]
+	p.ready = p.ready[1:]
+	return s
 }
 
 // task is an item of a site, with the books of its step.
@@ -32,10 +71,10 @@ type turn struct {
 	next  *book
 }
 
-// mostWorkers leaves half of the processors, where there are more than a few, to the model whose tensors these are.
+// mostWorkers leaves a quarter of the processors, where there are more than a few, to the model whose tensors these are.
 func mostWorkers() int {
 	n := runtime.GOMAXPROCS(0)
-	return min(n, max(2, n/2), 16)
+	return max(min(n, 2), n-n/4)
 }
 
 func ofSite(i *drain.Item) bool {
@@ -79,12 +118,6 @@ func (p *Pipeline) goesOn(lane int, much bool) bool {
 
 // share gives an item to the workers, one of whom releases it.
 func (p *Pipeline) share(i *drain.Item) {
-	if p.ready == nil {
-		p.ready = make(chan *strand, ring.MaxSites) // each is in it once at most, so nobody waits for room
-		for range mostWorkers() {
-			p.working.Go(p.work)
-		}
-	}
 	site := int(siteOf(i))
 	for len(p.strands) <= site {
 		p.strands = append(p.strands, &strand{tasks: make(chan task, siteQueue)})
@@ -96,7 +129,7 @@ func (p *Pipeline) share(i *drain.Item) {
 	s := p.strands[site]
 	s.tasks <- task{item: i, book: b}
 	if s.waiting.Add(1) == 1 {
-		p.ready <- s
+		p.pool.put(s)
 	}
 }
 
@@ -127,15 +160,15 @@ func (p *Pipeline) over(lane int, b *book) {
 	p.shared[lane].Add(-done)
 }
 
-func (p *Pipeline) work() {
+func (p *Pipeline) work(ready func() *strand) {
 	s := slicer{session: p.options.Session}
-	for strand := range p.ready {
+	for strand := ready(); strand != nil; strand = ready() {
 		t := <-strand.tasks
 		p.site(&s, t.book, t.item)
 		lane := t.item.Lane
 		t.item.Release()
 		if strand.waiting.Add(-1) > 0 {
-			p.ready <- strand
+			p.pool.put(strand)
 		}
 		p.over(lane, t.book)
 	}
@@ -149,14 +182,10 @@ func (p *Pipeline) rejoin(lane int) {
 	}
 }
 
-// dismiss ends the workers, when they are through.
+// dismiss returns when the workers have ended.
 func (p *Pipeline) dismiss() {
-	if p.ready == nil {
-		return
-	}
 	for lane := range p.shared {
 		p.rejoin(lane)
 	}
-	close(p.ready)
-	p.working.Wait()
+	p.pool.working.Wait()
 }
