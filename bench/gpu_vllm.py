@@ -10,9 +10,9 @@ variant has an engine in a process of its own beside it, and the two take turns,
 ratios those of the turns of one round. `--beside` variants are started at the same time, which vLLM takes minutes for: so many more engines have to fit the GPU,
 25 GiB each. The key-value cache has the same size in all of them, so that none measures what the others take.
 
-residual          36 residuals, the final norm and the logits, full, into bench/sink: drained, sliced by request, checksummed, discarded; in a ring of 1 GiB,
-                  because 256 prompts of 16 tokens are 800 MB of them in one step
-statistics        every site that the model has, at level stats, into `dmi serve` and its store
+residual          36 residuals, the final norm and the logits, full, into bench/sink: drained, sliced by request, checksummed, discarded
+statistics        every site that the model has, at level stats, into the same sink
+statistics-stored the same into `dmi serve` and its store, governor and all: what a disk costs as well
 hidden-states     vLLM's own extraction (extract_hidden_states, ExampleHiddenStatesConnector) of the same 36 layers, to files, which go after each turn; not
                   where requests arrive at random, which is 50 GB a turn
 vllm-lens         vllm-lens's output_residual_stream of the same 36 layers, where it is installed
@@ -30,6 +30,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import importlib.metadata
 import json
 import os
@@ -49,7 +50,8 @@ import result
 from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).resolve().parent.parent
-VARIANTS = ("residual", "statistics", "hidden-states", "vllm-lens", "transformer-lens")
+VARIANTS = ("residual", "statistics", "statistics-stored", "hidden-states", "vllm-lens", "transformer-lens")
+OURS = VARIANTS[:3]
 PLUGINS = {"hidden-states": "", "vllm-lens": "activations", "transformer-lens": "tl_vllm_capture"}
 """Of vLLM, by variant: each is installed beside the others, and would be loaded by every engine."""
 START_S = 900
@@ -77,6 +79,8 @@ class Asked:
         self.vocabulary = job["vocabulary"]
         self.extra = job.get("extra")
         self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**job["engine"]))
+        gc.collect()
+        gc.freeze()  # as vLLM's server does: half a second of collecting, once in some loads, is neither engine's
         self.turns = 0
         self.files = Path(job["files"]) if "files" in job else None
 
@@ -260,8 +264,10 @@ def variant(name: str, given: argparse.Namespace, engine: dict[str, Any], shape:
         if name == "residual":
             environ["DMI_ENGINE"] = stack.enter_context(engine_of([str(ROOT / "bin" / "bench-sink"), str(folder / "sink")], folder / "sink", logs))
             environ["DMI_HOOKS"] = "blocks.*.hook_resid_post ln_final.hook_out logits"
-            environ |= {} if given.tiny else {"DMI_RING_MIB": "1024", "DMI_STAGING_MIB": "1024"}
         elif name == "statistics":
+            environ["DMI_ENGINE"] = stack.enter_context(engine_of([str(ROOT / "bin" / "bench-sink"), "-level", "stats", str(folder / "stats")], folder / "stats", logs))
+            environ["DMI_HOOKS"] = "**"
+        elif name == "statistics-stored":
             dmi = os.environ.get("DMI_BIN") or str(ROOT / "bin" / "dmi")
             environ["DMI_ENGINE"] = stack.enter_context(engine_of([dmi, "serve", "--store", str(folder / "store")], folder / "store", logs, "engine.json"))
             environ["DMI_HOOKS"] = "**"
@@ -398,7 +404,7 @@ class Bench:
         if name == "transformer-lens":
             self.prompts_alone(process)
             return
-        ours, rounds = name in ("residual", "statistics"), self.given.rounds
+        ours, rounds = name in OURS, self.given.rounds
         for batch in self.batches:
             goal = {"residual": 0.01, "statistics": 0.02 if batch <= 32 else None}.get(name)
             often = SHORT.get(batch, 1) * rounds if ours else min(rounds, 2) if batch > 32 else rounds

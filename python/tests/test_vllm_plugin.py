@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from dmi import HookError, native
 from dmi._abi import SPAN_CACHED, SPAN_DRAFT, SPAN_NO_ROWS, SPAN_REJECTED
@@ -20,7 +21,7 @@ from dmi.sites import LOGITS, TOKENS
 from dmi.vllm import plugin, runners
 from dmi.vllm.batches import Batch, Batches
 from dmi.vllm.hooks import Arrangement
-from dmi.vllm.observer import Observer
+from dmi.vllm.observer import Observer, usual_ring_mib
 from dmi.vllm.settings import asked_for
 from observed import fresh_seed
 
@@ -29,6 +30,16 @@ def test_nothing_asked_for() -> None:
     assert asked_for({}, {}) is None
     assert asked_for({"other": 1}, {"DMI_STORE": "captures"}) is None
     assert asked_for({"dmi": {"hooks": ["logits"], "store": "s"}}, {"DMI_DISABLE": "1"}) is None
+
+
+def test_a_ring_holds_the_largest_step_within_a_share_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan: Any = SimpleNamespace(sites=[SimpleNamespace(bytes_per_token=5120)] * 37 + [SimpleNamespace(bytes_per_token=None)])
+    memory = SimpleNamespace(total_memory=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
+    cuda = torch.device("cuda", 0)
+    for memory.total_memory, tokens, mib in ((80 << 30, 1024, native.USUAL_MIB), (80 << 30, 2048, 370), (80 << 30, 8192, 640), (16 << 30, 8192, native.USUAL_MIB)):
+        assert usual_ring_mib(plan, tokens, cuda) == mib
+    assert usual_ring_mib(plan, 8192, torch.device("cpu")) == native.USUAL_MIB
 
 
 def test_environment_and_configuration() -> None:

@@ -323,15 +323,16 @@ class Session:
             _sessions.add(self)
 
     def _fitted(self, ring: dict[str, Any], token: Callable[[], str], find: Callable[[], str], starts: bool) -> dict[str, Any]:
-        """Sizes that were left open (None): the usual ones, or what the policy's budgets leave."""
+        """Sizes that were left open (None): the usual ones, of which `usual_mib` may be the payload's, or what the policy's budgets leave."""
+        payload_mib = ring.pop("usual_mib", native.USUAL_MIB)
         if None not in (ring.get("payload_mib", 0), ring.get("staging_mib", 0)):
             return ring
         device, pinned = self._reached(find, starts, lambda path: control.memory_left(path, token()))
         usual: dict[str, Any] = {name: native.USUAL_MIB if size is None else size for name, size in ring.items()}
 
-        def fit(key: str, left: int | None, besides: int) -> float:
-            if left is None or native.USUAL_MIB << 20 <= left - besides:
-                return native.USUAL_MIB
+        def fit(key: str, mib: float, left: int | None, besides: int) -> float:
+            if left is None or mib * (1 << 20) <= left - besides:
+                return mib
             room = (left - besides) // PAGE * PAGE
             if room < LEAST_BYTES:
                 raise EngineError(f"attach: the policy's budget {key} leaves {left} bytes, of which {besides} are for what a ring needs besides, and {LEAST_BYTES} are the least; "
@@ -339,10 +340,10 @@ class Session:
             return room / (1 << 20)
 
         if ring["payload_mib"] is None:
-            usual["payload_mib"] = fit("device_bytes", device, 0)
+            usual["payload_mib"] = fit("device_bytes", payload_mib, device, 0)
         if ring["staging_mib"] is None:
             options, _ = native.ring_options(mode=self.mode, **usual)
-            usual["staging_mib"] = fit("pinned_bytes", pinned, native.shared_bytes(options) - int(options.staging_bytes))
+            usual["staging_mib"] = fit("pinned_bytes", native.USUAL_MIB, pinned, native.shared_bytes(options) - int(options.staging_bytes))
         return usual
 
     @staticmethod

@@ -6,8 +6,10 @@ import contextlib
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
+from dmi import native
 from dmi.attaching import begin, device_of, new_session
 from dmi.hook import HookError
 from dmi.instrument import Plan, Ring
@@ -117,7 +119,8 @@ def observe(runner: Any, settings: Settings) -> tuple[Session, Observer]:
     # Norms that vLLM's passes fuse with a quantisation or with a reduction over ranks write over the residual, whoever reads it later.
     fused = ranks > 1 or getattr(runner.vllm_config, "quant_config", None) is not None
     device = device_of(model)
-    arrangement = Arrangement(model, chosen, runner.vllm_config.scheduler_config.max_num_batched_tokens, most=may_wait(device), careful=fused)
+    tokens = runner.vllm_config.scheduler_config.max_num_batched_tokens
+    arrangement = Arrangement(model, chosen, tokens, most=may_wait(device), careful=fused)
     _tell_compiler(runner.vllm_config, settings.digest(arrangement.words()))
     session = new_session(settings.mode, settings.text, None, None, ())
     observers: list[Observer] = []
@@ -129,12 +132,26 @@ def observe(runner: Any, settings: Settings) -> tuple[Session, Observer]:
     ring = {
         "device": device,
         "payload_mib": settings.ring_mib,
+        "usual_mib": usual_ring_mib(chosen, tokens, device),
         "staging_mib": settings.staging_mib,
         "wait_bound_s": settings.wait_bound_s,
     }
     begin(session, model, chosen, list(settings.hooks), store=settings.store or None, engine=settings.engine or None, token=settings.token,
           ring=ring, install=install)  # fmt: skip
     return session, observers[0]
+
+
+RING_SHARE = 128
+"""One part in so many of a GPU's memory may be the ring, if that is more than the usual size,"""
+
+
+def usual_ring_mib(plan: Plan, tokens: int, device: torch.device) -> float:
+    """and is, where a step of as many tokens as the scheduler gives captures more: prompts come many in a step, and a model does not wait for room."""
+    if device.type != "cuda":
+        return native.USUAL_MIB
+    step = tokens * sum(site.bytes_per_token or 0 for site in plan.sites)
+    most = torch.cuda.get_device_properties(device).total_memory // RING_SHARE
+    return max(native.USUAL_MIB, min(step, most) >> 20)
 
 
 def _tell_compiler(config: Any, digest: str) -> None:
