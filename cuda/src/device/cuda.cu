@@ -25,10 +25,11 @@ static_assert(kThreads / 32 <= kMostWarps);
 // A copy engine serves one stream until that has nothing left for it, whoever else waits: the model's own copies too, of the tokens that it
 // sampled. So it gets bursts of 40 us, or as many small copies as take about that, and nothing more before it is through with one: in the
 // gap others have their turn. Draining comes first where the payload ring is nearly full, and in complete mode where much is to be copied:
-// the model is going to wait for that. Then bursts are queued; larger ones would keep the engine waiting for word of their ends.
-constexpr uint64_t kBurst = 2 << 20;
+// the model is going to wait for that. Then bursts are queued, and larger, since between two the engine does nothing for a moment; still
+// larger ones keep those who read the bytes waiting for word of their ends, until they are in no processor's cache any more.
+constexpr uint64_t kBurst = 2 << 20, kLargeBurst = 8 << 20;
 constexpr uint32_t kPieces = 32;
-constexpr size_t kQueued = 8;
+constexpr size_t kQueued = 4;
 constexpr uint64_t kMuch = 8 << 20;
 constexpr uint64_t kLookNs = 10'000'000;  // after so long without an end of a burst the stream is asked whether it has failed
 constexpr bool nearly_full(uint64_t used, uint64_t capacity) { return used > capacity / 4 * 3; }
@@ -242,7 +243,7 @@ class Cuda final : public Device {
     uint64_t payload, bytes;  // what is left of it
   };
   void copy_on();
-  void give_burst();
+  void give_burst(uint64_t most);
   cudaError_t tell_end(uint64_t burst);
   std::deque<Copy> waiting_;
   uint64_t waiting_bytes_ = 0;
@@ -461,16 +462,16 @@ void Cuda::copy_on() {
   const uint64_t head = payload_head(), tail = load_acquire(mapping_.control().payload_tail.value);
   const bool behind = head > tail && nearly_full(head - tail, header_.payload_bytes);
   const bool first = behind || (header_.mode == DMI_MODE_COMPLETE && waiting_bytes_ > kMuch);
-  while (!failed_ && !waiting_.empty() && bursts_.size() < (first ? kQueued : 1)) give_burst();
+  while (!failed_ && !waiting_.empty() && bursts_.size() < (first ? kQueued : 1)) give_burst(first ? kLargeBurst : kBurst);
 }
 
-void Cuda::give_burst() {
+void Cuda::give_burst(uint64_t most) {
   Scope scope(ordinal_);
   cudaError_t status = cudaSuccess;
   uint64_t bytes = 0, copies = 0;
   for (uint32_t n = 0; n < kPieces && !waiting_.empty() && status == cudaSuccess; ++n) {
     Copy& copy = waiting_.front();
-    const uint64_t at = copy.payload % header_.payload_bytes, piece = std::min({copy.bytes, header_.payload_bytes - at, kBurst - bytes});
+    const uint64_t at = copy.payload % header_.payload_bytes, piece = std::min({copy.bytes, header_.payload_bytes - at, most - bytes});
     if (piece == 0 && copy.bytes != 0) break;
     if (piece != 0) status = cudaMemcpyAsync(copy.to, payload_ + at, piece, cudaMemcpyDeviceToHost, copies_);
     copy = {copy.to + piece, copy.payload + piece, copy.bytes - piece};
