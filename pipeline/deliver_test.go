@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"runtime"
 	"slices"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -147,4 +148,34 @@ func TestStepsGoOnBesideASlowSite(t *testing.T) {
 	close(s.let)
 	close(in)
 	<-done
+}
+
+// As many workers begin as what waits for them asks for, two at least, and all of them end where nothing is left to do.
+func TestWorkersAsStagingIsFull(t *testing.T) {
+	for full, want := range map[float64]int{0: 2, 0.5: 2 + 4, 1: 8} {
+		p := pool{most: 8, full: func() float64 { return full }}
+		var working atomic.Int32
+		let := make(chan struct{})
+		p.work = func(ready func() *strand) {
+			for s := ready(); s != nil; s = ready() {
+				working.Add(1)
+				<-let
+			}
+		}
+		for range 50 {
+			p.put(new(strand))
+		}
+		for end := time.Now().Add(20 * time.Second); int(working.Load()) < want && time.Now().Before(end); {
+			time.Sleep(time.Millisecond)
+		}
+		time.Sleep(5 * time.Millisecond) // for one too many
+		if got := int(working.Load()); got != want {
+			t.Errorf("%d workers work where %.0f %% are full, and not %d", got, 100*full, want)
+		}
+		close(let)
+		p.working.Wait()
+		if working.Load() != 50 || p.running != 0 || len(p.ready) != 0 {
+			t.Errorf("%d of 50 were worked on, %d workers are said to be running", working.Load(), p.running)
+		}
+	}
 }

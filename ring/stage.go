@@ -17,7 +17,7 @@ type Stage struct {
 
 // nearPart: behind so much of the region Take begins it anew, where its beginning is free. What the consumers have just read is in their processors' caches, and a device
 // writes there faster, and they read that faster, than memory that was not used for long.
-const nearPart = 4
+const nearPart = 2
 
 // Lease is a piece of staging in use. It has as many holders as Retain was told of, and one more.
 type Lease struct {
