@@ -128,10 +128,12 @@ def _load() -> ctypes.CDLL:
         ("dmi_step_open", i32, [handle, u64, ctypes.c_void_p, u32, pointer(u32), u32, u32, ctypes.c_void_p]),
         ("dmi_step_next", i32, [ctypes.c_void_p, u64, u32, ctypes.c_void_p]),
         ("dmi_step_close", i32, [handle, u64, i32, ctypes.c_void_p]),
-        ("dmi_pack_rows", i32, [ctypes.c_void_p, u32]),
     ):
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
+    # Shorter than it takes to give the GIL up, which another thread may then hold for milliseconds.
+    pack_rows = vars(library)["dmi_pack_rows"] = ctypes.PyDLL(str(LIBRARY)).dmi_pack_rows
+    pack_rows.restype, pack_rows.argtypes = i32, [ctypes.c_void_p, u32]
 
     @torch.library.register_fake("dmi::capture")
     def _capture(ring: torch.Tensor, tensors: Sequence[torch.Tensor], sites: Sequence[int]) -> None:

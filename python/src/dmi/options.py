@@ -41,6 +41,10 @@ class Options:
         return bool(self.labels)
 
 
+NONE = Options()
+"""Of most requests. Not to be modified, as none is."""
+
+
 @dataclass(frozen=True)
 class Asked:
     """A request that a server is about to hand to a Hugging Face model, in the same context."""
@@ -75,9 +79,9 @@ def given_in(values: Any) -> dict[str, Any]:
 
 def options_of(extra: Any) -> Options:
     """Of what a request says beside its prompt: a mapping, or whatever else there is instead."""
-    given = given_in(extra)
+    given = given_in(extra) if extra else None
     if not given:
-        return Options()
+        return NONE
     try:
         return _read(given)
     except ValueError as error:

@@ -51,7 +51,7 @@ class RunRecord:
         return {"type": "run_end", "id": self.id, "ended_unix_ns": self.ended_ns}
 
 
-@dataclass
+@dataclass(slots=True)
 class _Request:
     number: int
     id: str
@@ -115,7 +115,7 @@ class Requests(Sequence[str]):
         self._numbers = itertools.count()
         self._steps = itertools.count()
         self._unconfirmed = 0
-        self._held: list[Message] | None = None
+        self._held: list[Message | list[_Request]] | None = None
         self.found_in: dict[str, str] = {}
         """Session and store, for a reference to a request's captures."""
 
@@ -152,13 +152,17 @@ class Requests(Sequence[str]):
         with self.lock:
             held, self._held = self._held, None
             if held:
-                self.send(*held)
+                self.send(*map(self._worded, held))
 
-    def _say(self, *messages: Message) -> None:
+    def _say(self, *messages: Message | list[_Request]) -> None:
+        """A list: these requests, as they are when it goes out."""
         if self._held is None:
-            self.send(*messages)
+            self.send(*map(self._worded, messages))
         else:
             self._held.extend(messages)
+
+    def _worded(self, message: Message | list[_Request]) -> Message:
+        return {"type": "requests", "requests": [self._describe(record) for record in message]} if isinstance(message, list) else message
 
     def next_step(self) -> int:
         """A number for the next forward; they grow."""
@@ -188,7 +192,7 @@ class Requests(Sequence[str]):
                 batch.append(request)
             if self._groups is not None:
                 self._place(batch)
-            self._say({"type": "requests", "requests": [self._describe(request) for request in batch]})
+            self._say(batch)
             return [request.number for request in batch]
 
     def regroup(self, name: int, sets: list[Message]) -> None:
@@ -222,7 +226,7 @@ class Requests(Sequence[str]):
             if record.ended_ns:
                 return
             record.ended_ns, record.reason, record.last_step = time.time_ns(), reason, step or 0
-            told = [{"type": "requests", "requests": [self._describe(record)]}] if record.dirty else []
+            told = [[record]] if record.dirty else []
             record.dirty = False
             if self._groups is not None:
                 self.grouped(self._groups.name, {request: None})

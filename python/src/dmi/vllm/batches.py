@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from dmi._abi import SPAN_CACHED, SPAN_CHOSEN, SPAN_DRAFT, SPAN_REJECTED
-from dmi.native import Pack, SpansAt
+from dmi.native import SEQUENCES, Pack, SpansAt
 from dmi.options import Options, options_of
 from dmi.requests import IDS_KEPT, Requests
 from dmi.rows import DECODE, PREFILL, SPANS
@@ -52,7 +52,7 @@ class Batch:
     """So many of them, the last, are guesses. Empty: none of anybody."""
 
 
-@dataclass
+@dataclass(slots=True)
 class _Sequence:
     """A request that vLLM has under way."""
 
@@ -64,9 +64,12 @@ class _Sequence:
     """That it has, prompt included, as far as is known; none, ever, where the prompt is embeddings."""
     flags: int = 0
     """Of its spans."""
-    most: int | None = None
-    """Tokens that it can come to have."""
-    stops: frozenset[int] = frozenset()
+    parameters: Any = None
+    """vLLM's, of its sampling."""
+    longest: int | None = None
+    """Tokens that the model takes."""
+    ends: tuple[int | None, frozenset[int]] | None = None
+    """Tokens that it can come to have, and those that end it. None: nobody has asked."""
     over: bool = False
     """It has its last token."""
     attempt: int = 0
@@ -96,13 +99,20 @@ class _Sequence:
         if self.over:
             return 0
         kept = len(new)
+        most, stops = self.ends = self.ends or self._ends()
         for index, token in enumerate(new):
-            if token in self.stops or first + index + 1 == self.most:
+            if token in stops or first + index + 1 == most:
                 self.over, kept = True, index + 1
                 break
         if new and first <= len(self.tokens):  # of a prompt's part nothing is sampled
             self.tokens[first:] = new[:kept]
         return kept
+
+    def _ends(self) -> tuple[int | None, frozenset[int]]:
+        wanted = getattr(self.parameters, "max_tokens", None)
+        bounds = [bound for bound in (self.longest, None if wanted is None else self.prompt + wanted) if bound is not None]
+        stops = {getattr(self.parameters, "eos_token_id", None), *(getattr(self.parameters, "stop_token_ids", None) or ())} - {None}
+        return min(bounds, default=None), frozenset(stops)
 
 
 @dataclass(frozen=True)
@@ -165,24 +175,24 @@ class Batches:
             else:
                 if len(data.prompt_token_ids or ()) > sequence.prompt:
                     sequence.prompt, sequence.over = len(data.prompt_token_ids), False
-                    sequence.most = self._most(sequence.prompt, data.sampling_params)
+                    sequence.parameters, sequence.ends = data.sampling_params, None
                     self._pack.sequences["prompt"][sequence.slot] = sequence.prompt
                 self._know(sequence, data)
         if not new:
             return
         numbers = self._requests.begin(len(new), names=[self._name(data.req_id) for data, _ in new], tags=[options.tags for _, options in new],
                                        labels=[{**options.labels, LABEL: data.req_id[:LABEL_LENGTH]} for data, options in new])  # fmt: skip
+        rows = []
         for number, (data, options) in zip(numbers, new, strict=True):
             embedded = getattr(data, "prompt_embeds", None)
             prompt = len(data.prompt_token_ids) if data.prompt_token_ids is not None else len(embedded) if embedded is not None else 0
-            parameters = data.sampling_params
-            stops = {getattr(parameters, "eos_token_id", None), *(getattr(parameters, "stop_token_ids", None) or ())} - {None}
             flags = SPAN_CHOSEN if options.chosen else 0
-            slot = self._slot(number, prompt, flags)
-            sequence = self._sequences[data.req_id] = _Sequence(number, slot, prompt, [], flags, self._most(prompt, parameters), frozenset(stops))
+            sequence = self._sequences[data.req_id] = _Sequence(number, self._slot(), prompt, [], flags, data.sampling_params, self._longest)
+            rows.append((number, prompt, 0, 0, flags, b""))
             self._know(sequence, data)
+        self._pack.sequences[[self._sequences[data.req_id].slot for data, _ in new]] = np.array(rows, SEQUENCES)
 
-    def _slot(self, number: int, prompt: int, flags: int) -> int:
+    def _slot(self) -> int:
         """One that no sequence has."""
         if not self._free:
             had, small = len(self._pack.sequences), self._pack
@@ -190,9 +200,7 @@ class Batches:
             self._pack.sequences[:had] = small.sequences
             self._ids = []  # their slots are in the smaller one
             self._free = list(range(2 * had - 1, had - 1, -1))
-        slot = self._free.pop()
-        self._pack.sequences[slot] = (number, prompt, 0, 0, flags, b"")
-        return slot
+        return self._free.pop()
 
     def _know(self, sequence: _Sequence, data: Any) -> None:
         known = getattr(data, "prefill_token_ids", None) or data.prompt_token_ids or []
@@ -204,11 +212,6 @@ class Batches:
         if options.wrong:
             log.warning("DMI: request %s: nothing of it is captured: %s", data.req_id, options.wrong)
         return options
-
-    def _most(self, prompt: int, parameters: Any) -> int | None:
-        wanted = getattr(parameters, "max_tokens", None)
-        bounds = [bound for bound in (self._longest, None if wanted is None else prompt + wanted) if bound is not None]
-        return min(bounds, default=None)
 
     def _name(self, key: str) -> str:
         name = name_of(key)

@@ -26,8 +26,8 @@ class Settings:
     engine: str = ""
     mode: str = "best-effort"
     text: str = "none"  # of other people's prompts nothing is kept unless the operator says so
-    ring_mib: float | None = None  # None: as dmi.attach has it
-    staging_mib: float | None = None
+    ring_mib: float | None = None  # None: what observer.usual_ring_mib says, or a budget leaves
+    staging_mib: float | None = None  # None: as dmi.attach has it
     wait_bound_s: float = 30
     token: str = ""
 
