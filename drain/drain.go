@@ -31,7 +31,7 @@ type Options struct {
 	// CoalesceBytes is the size of a copy command where there is much (4 MiB).
 	CoalesceBytes uint64
 	// TensorBytes bounds what is put together outside staging: rows in parts, and records larger than all of it (1 GiB). What exceeds it
-	// is dropped(budget). As much again may be taken away from a device's spill, which then stays full beyond that.
+	// is dropped(budget). The memory of the last such record is kept for the next one. As much again may be taken away from a device's spill, which then stays full beyond that.
 	TensorBytes uint64
 	// BusyPoll is for how long Run looks for more work, after some, before it sleeps (0: not at all), while somebody waits for what is handed on.
 	BusyPoll time.Duration

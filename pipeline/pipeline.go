@@ -32,7 +32,7 @@ type Options struct {
 	Live    Live                              // nil: nobody listens
 	Event   func(level, code, message string) // must not block; nil: nobody is told
 	Closed  func(lane int, step uint64)       // after everything of a step was delivered; nil: nobody asks
-	// Full says which part is taken of where payload waits for us: so many workers of those that there may be work. nil: all that there may be.
+	// Full says which part is taken of where payload waits for us, 0 to 1: such a part of the workers that there may be work, besides two that may at any time. nil: all may.
 	Full func() float64
 	// ShareBytes is how much a batch must have for several goroutines to share it (1 MiB), a row being as much as rowBytes at least: below, handing it over costs more than it brings.
 	ShareBytes int

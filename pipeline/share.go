@@ -71,10 +71,10 @@ type turn struct {
 	next  *book
 }
 
-// mostWorkers leaves a quarter of the processors, where there are more than a few, to the model whose tensors these are.
+// mostWorkers leaves a quarter of the processors, where there are more than a few, to the model whose tensors these are. Sixteen read more than a copy engine gives.
 func mostWorkers() int {
 	n := runtime.GOMAXPROCS(0)
-	return max(min(n, 2), n-n/4)
+	return min(max(min(n, 2), n-n/4), 16)
 }
 
 func ofSite(i *drain.Item) bool {

@@ -10,19 +10,13 @@ type Stage struct {
 	mu         sync.Mutex
 	mem        []byte
 	head, tail uint64 // virtual
-	leased     uint64 // bytes
 	leases     []*Lease
 	starved    bool
 }
 
-// nearPart: behind so much of the region Take begins it anew, where its beginning is free. What the consumers have just read is in their processors' caches, and a device
-// writes there faster, and they read that faster, than memory that was not used for long.
-const nearPart = 2
-
 // Lease is a piece of staging in use. It has as many holders as Retain was told of, and one more.
 type Lease struct {
 	stage   *Stage
-	size    uint64
 	end     uint64
 	holders atomic.Int32
 	At      uint64 // in the staging region
@@ -41,9 +35,8 @@ func (s *Stage) Take(bytes uint64) *Lease {
 	capacity := uint64(len(s.mem))
 	size := aligned(bytes)
 	start := s.head
-	at := start % capacity
-	if next := start + capacity - at; at != 0 && (at+size > capacity || at >= capacity/nearPart && next+size-s.tail <= capacity) {
-		start = next
+	if at := start % capacity; at+size > capacity {
+		start += capacity - at
 	}
 	if start+size-s.tail > capacity {
 		if s.head != s.tail || size > capacity {
@@ -52,11 +45,10 @@ func (s *Stage) Take(bytes uint64) *Lease {
 		}
 		s.tail = start // empty: the place at the end that is too small is in nobody's way
 	}
-	l := &Lease{stage: s, size: size, end: start + size, At: start % capacity}
+	l := &Lease{stage: s, end: start + size, At: start % capacity}
 	l.holders.Store(1)
 	l.Bytes = s.mem[l.At : l.At+bytes : l.At+bytes]
 	s.head = l.end
-	s.leased += size
 	s.leases = append(s.leases, l)
 	return l
 }
@@ -77,7 +69,6 @@ func (l *Lease) Give() bool {
 	s := l.stage
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.leased -= l.size
 	n := 0
 	for n < len(s.leases) && s.leases[n].holders.Load() == 0 {
 		s.tail = s.leases[n].end
@@ -100,5 +91,5 @@ func (l *Lease) Give() bool {
 func (s *Stage) Used() (used, capacity uint64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.leased, uint64(len(s.mem))
+	return s.head - s.tail, uint64(len(s.mem))
 }

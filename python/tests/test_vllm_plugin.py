@@ -32,14 +32,15 @@ def test_nothing_asked_for() -> None:
     assert asked_for({"dmi": {"hooks": ["logits"], "store": "s"}}, {"DMI_DISABLE": "1"}) is None
 
 
-def test_a_ring_holds_the_largest_step_within_a_share_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan: Any = SimpleNamespace(sites=[SimpleNamespace(bytes_per_token=5120)] * 37 + [SimpleNamespace(bytes_per_token=None)])
+def test_a_ring_holds_two_of_the_largest_steps_within_a_share_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan: Any = SimpleNamespace(sites=[*[SimpleNamespace(bytes_per_token=5120, space=TOKENS)] * 37, SimpleNamespace(bytes_per_token=1 << 18, space=LOGITS),
+                                      SimpleNamespace(bytes_per_token=None, space=TOKENS)])  # fmt: skip
     memory = SimpleNamespace(total_memory=0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
     cuda = torch.device("cuda", 0)
-    for memory.total_memory, tokens, mib in ((80 << 30, 1024, native.USUAL_MIB), (80 << 30, 2048, 370), (80 << 30, 8192, 640), (16 << 30, 8192, native.USUAL_MIB)):
-        assert usual_ring_mib(plan, tokens, cuda) == mib
-    assert usual_ring_mib(plan, 8192, torch.device("cpu")) == native.USUAL_MIB
+    for memory.total_memory, tokens, mib in ((80 << 30, 256, native.USUAL_MIB), (80 << 30, 1024, 2 * (185 + 64)), (80 << 30, 8192, 640), (16 << 30, 8192, native.USUAL_MIB)):
+        assert usual_ring_mib(plan, tokens, 256, cuda) == mib
+    assert usual_ring_mib(plan, 8192, 256, torch.device("cpu")) == native.USUAL_MIB
 
 
 def test_environment_and_configuration() -> None:

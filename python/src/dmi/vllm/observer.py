@@ -15,6 +15,7 @@ from dmi.hook import HookError
 from dmi.instrument import Plan, Ring
 from dmi.requests import Requests
 from dmi.session import Session
+from dmi.sites import LOGITS
 from dmi.vllm.batches import Asked, Batch, Batches
 from dmi.vllm.hooks import Arrangement, Hooks, may_wait
 from dmi.vllm.settings import DIGEST, KEY, Settings
@@ -132,7 +133,7 @@ def observe(runner: Any, settings: Settings) -> tuple[Session, Observer]:
     ring = {
         "device": device,
         "payload_mib": settings.ring_mib,
-        "usual_mib": usual_ring_mib(chosen, tokens, device),
+        "usual_mib": usual_ring_mib(chosen, tokens, runner.vllm_config.scheduler_config.max_num_seqs, device),
         "staging_mib": settings.staging_mib,
         "wait_bound_s": settings.wait_bound_s,
     }
@@ -142,16 +143,17 @@ def observe(runner: Any, settings: Settings) -> tuple[Session, Observer]:
 
 
 RING_SHARE = 128
-"""One part in so many of a GPU's memory may be the ring, if that is more than the usual size,"""
+"""One part in so many of a GPU's memory may be the ring that nobody gave a size."""
 
 
-def usual_ring_mib(plan: Plan, tokens: int, device: torch.device) -> float:
-    """and is, where a step of as many tokens as the scheduler gives captures more: prompts come many in a step, and a model does not wait for room."""
+def usual_ring_mib(plan: Plan, tokens: int, sequences: int, device: torch.device) -> float:
+    """A ring for two steps of as many `tokens`, of as many `sequences`, as the scheduler gives at most: one is drained while the next is captured, and the model does not wait for
+    room. The usual size at least, RING_SHARE at most. vLLM computes logits of each sequence's last row alone; of a user's own points nobody knows the size."""
     if device.type != "cuda":
         return native.USUAL_MIB
-    step = tokens * sum(site.bytes_per_token or 0 for site in plan.sites)
+    step = sum((sequences if site.space == LOGITS else tokens) * (site.bytes_per_token or 0) for site in plan.sites)
     most = torch.cuda.get_device_properties(device).total_memory // RING_SHARE
-    return max(native.USUAL_MIB, min(step, most) >> 20)
+    return max(native.USUAL_MIB, min(2 * step, most) >> 20)
 
 
 def _tell_compiler(config: Any, digest: str) -> None:
