@@ -40,7 +40,7 @@ class Runner:
 
     def __init__(self) -> None:
         self.model = Model()
-        self.vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(tensor_parallel_size=1), scheduler_config=SimpleNamespace(max_num_batched_tokens=ROWS), additional_config={})
+        self.vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(tensor_parallel_size=1), scheduler_config=SimpleNamespace(max_num_batched_tokens=ROWS, max_num_seqs=len(CHOICES)), additional_config={})
         self.requests: dict[str, Any] = {}
         self.max_model_len = ROWS + 1
         self.inputs: dict[str, torch.Tensor] = {}
