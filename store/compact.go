@@ -148,19 +148,27 @@ func (c *compaction) request(key tensor.RequestKey) error {
 	if err != nil {
 		return err
 	}
-	numbers := slices.Sorted(maps.Keys(groups))
-	for len(numbers) > 0 {
+	for numbers := c.sound(slices.Sorted(maps.Keys(groups))); len(numbers) > 0; {
 		n := c.together(numbers)
-		if worth, err := c.worth(groups, numbers[:n]); err != nil {
-			return c.spare(numbers[:n], err)
-		} else if worth {
-			if err := c.rewriteJob(numbers[:n]); err != nil {
-				return c.spare(numbers[:n], err)
-			}
+		worth, err := c.worth(groups, numbers[:n])
+		if err == nil && worth {
+			err = c.rewriteJob(numbers[:n])
 		}
-		numbers = numbers[n:]
+		if err == nil {
+			numbers = numbers[n:]
+			continue
+		}
+		if err := c.spare(numbers[:n], err); err != nil {
+			return err
+		}
+		numbers = c.sound(numbers) // the others once more, without what is damaged
 	}
 	return nil
+}
+
+// sound leaves those of some segments of which no damage is known. It changes the slice.
+func (c *compaction) sound(numbers []uint64) []uint64 {
+	return slices.DeleteFunc(numbers, func(n uint64) bool { return c.spared[n] })
 }
 
 // growing reports whether more of a request may come.
@@ -175,19 +183,34 @@ func (s *Store) growing(key tensor.RequestKey) bool {
 	return t != nil && t.Ended.IsZero() && t.busy
 }
 
-// spare leaves damaged segments as they are, and says so once.
+// damagedSegment is the error that one segment of several is damaged.
+type damagedSegment struct {
+	number uint64
+	error
+}
+
+func (d damagedSegment) Unwrap() error { return d.error }
+
+// inSegment says of an error whose fault it is.
+func inSegment(number uint64, err error) error {
+	if errors.Is(err, ErrCorrupt) {
+		return damagedSegment{number, err}
+	}
+	return err
+}
+
+// spare has a damaged segment, from now on, stay as it is: that which err names, else all that were read. Any other error than damage comes back.
 func (c *compaction) spare(numbers []uint64, err error) error {
 	if !errors.Is(err, ErrCorrupt) {
 		return err
 	}
-	told := true
+	if one, ok := errors.AsType[damagedSegment](err); ok {
+		numbers = []uint64{one.number}
+	}
 	for _, n := range numbers {
-		told = told && c.spared[n]
 		c.spared[n] = true
 	}
-	if !told {
-		c.opt.Log("error", "damaged", fmt.Sprintf("%v; compaction leaves segments %v as they are", err, numbers))
-	}
+	c.opt.Log("error", "damaged", fmt.Sprintf("%v; compaction leaves segments %v as they are", err, numbers))
 	return nil
 }
 
@@ -200,7 +223,7 @@ func (c *compaction) together(numbers []uint64) int {
 	chunks := 0
 	for i, n := range numbers {
 		g, there := c.sealed[n]
-		if !there || c.spared[n] {
+		if !there {
 			return max(1, i)
 		}
 		if i == 0 {
@@ -224,12 +247,12 @@ func (c *compaction) worth(groups map[uint64]segment.Group, numbers []uint64) (b
 		c.mu.Lock()
 		_, there := c.sealed[n]
 		c.mu.Unlock()
-		if !there || c.spared[n] {
+		if !there {
 			return false, nil
 		}
 		chunks, err := c.chunksOf(n, groups[n])
 		if err != nil {
-			return false, err
+			return false, inSegment(n, err)
 		}
 		for _, k := range chunks {
 			all = append(all, located{n, k})
@@ -276,7 +299,7 @@ func (c *compaction) rewriteJob(numbers []uint64) error {
 		created, bytes = max(created, g.created), bytes+g.bytes
 		listed, err := c.listed(n)
 		if err != nil {
-			return err
+			return inSegment(n, err)
 		}
 		old = append(old, goneSegment{n, keysOf(listed)})
 		for i := range listed {

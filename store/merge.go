@@ -86,10 +86,10 @@ func (m *merger) merge(run []located) (segment.Chunk, []byte, error) {
 	for _, part := range run {
 		f, err := m.file(part.segment)
 		if err != nil {
-			return c, nil, err
+			return c, nil, inSegment(part.segment, err)
 		}
 		if m.buf, err = segment.Read(f, part.Chunk, m.buf); err != nil {
-			return c, nil, m.s.readError(part.segment, err)
+			return c, nil, inSegment(part.segment, m.s.readError(part.segment, err))
 		}
 		if int64(row)*int64(part.Rows) == part.Length {
 			m.out = append(m.out, m.buf...)
