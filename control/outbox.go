@@ -15,17 +15,18 @@ const (
 )
 
 // outbox sends messages from a goroutine of its own, so that a producer that does not read holds up nobody. What does not fit is not sent
-// (events), or ends the connection (answers).
+// (events), ends the connection (answers), or has a place of its own (what stands until it is said anew).
 type outbox struct {
 	conn   *net.UnixConn
 	mu     sync.Mutex
 	queue  chan []byte
+	stands chan []byte // the newest of a kind, of which none but that counts
 	closed bool
 	done   chan struct{}
 }
 
 func newOutbox(conn *net.UnixConn) *outbox {
-	o := &outbox{conn: conn, queue: make(chan []byte, outboxMessages), done: make(chan struct{})}
+	o := &outbox{conn: conn, queue: make(chan []byte, outboxMessages), stands: make(chan []byte, 1), done: make(chan struct{})}
 	go o.run()
 	return o
 }
@@ -33,8 +34,13 @@ func newOutbox(conn *net.UnixConn) *outbox {
 func (o *outbox) run() {
 	defer close(o.done)
 	broken := false
-	for m := range o.queue {
-		if broken {
+	for open := true; open; {
+		var m []byte
+		select {
+		case m = <-o.stands:
+		case m, open = <-o.queue:
+		}
+		if broken || m == nil {
 			continue
 		}
 		_ = o.conn.SetWriteDeadline(time.Now().Add(writeTimeout))
@@ -62,6 +68,22 @@ func (o *outbox) send(m any) bool {
 	default:
 		return false
 	}
+}
+
+// replace sends a message in place of the one before that came by here, where that is not sent yet. There is always room. False where it cannot be sent.
+func (o *outbox) replace(m any) bool {
+	b, err := encodeMessage(m)
+	if err != nil {
+		return false
+	}
+	o.mu.Lock() // two at once would find no room
+	defer o.mu.Unlock()
+	select {
+	case <-o.stands:
+	default:
+	}
+	o.stands <- b
+	return true
 }
 
 // answer sends a message that the producer waits for.

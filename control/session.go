@@ -201,7 +201,7 @@ func (x *session) applyGates() {
 	x.server.mu.Lock()
 	g := x.server.gates
 	x.server.mu.Unlock()
-	if g.Groups.Name != x.groups && x.out.send(groupsMessage{"groups", g.Groups.Name, append([]tensor.Group{}, g.Groups.Sets...)}) { // who was not told gives what any request may need
+	if g.Groups.Name != x.groups && x.out.replace(groupsMessage{"groups", g.Groups.Name, append([]tensor.Group{}, g.Groups.Sets...)}) { // who was not told gives what any request may need
 		x.groups = g.Groups.Name
 	}
 	gates, watches := make([]tensor.Gate, len(x.sites)), []tensor.Watch(nil)

@@ -247,6 +247,11 @@ func (s *Store) newCatalogue(file string, why error) (*catalogue, error) {
 	return openCatalogue(file)
 }
 
+// Held reports whether an engine has the store at dir open.
+func Held(dir string) bool {
+	return (&Store{fs: vfs.OS{}, dir: dir}).locked()
+}
+
 // locked reports whether an engine has the store open.
 func (s *Store) locked() bool {
 	if _, err := s.fs.Stat(path.Join(s.dir, "lock")); err != nil {

@@ -74,14 +74,10 @@ func openReader(ctx context.Context, dir, engine string) (*reader, error) {
 	if engine != "" {
 		return remoteReader(engine)
 	}
-	a, err := readAnnouncement(dir)
-	if err == nil && a.HTTPUnix != "" {
-		if connection, err := net.DialTimeout("unix", a.HTTPUnix, 2*time.Second); err == nil {
-			connection.Close()
-			r := unixReader(a.HTTPUnix)
-			r.live = &a
-			return r, nil
-		}
+	if a, answers := owner(dir); answers {
+		r := unixReader(a.HTTPUnix)
+		r.live = &a
+		return r, nil
 	}
 	s, err := openStoreToRead(dir)
 	if err != nil {
@@ -92,6 +88,36 @@ func openReader(ctx context.Context, dir, engine string) (*reader, error) {
 	o.Policy, _, o.PolicyError = openHelm(dir, s, nil, nil, nil)
 	server := serve.New(o)
 	return &reader{http: &http.Client{Transport: serve.InProcess(server.Local())}, base: "http://in-process", close: func() { server.Stop(); s.Close() }}, nil
+}
+
+// owner is the engine that owns the store at dir, if it answers.
+func owner(dir string) (announcement, bool) {
+	a, err := readAnnouncement(dir)
+	if err != nil || a.HTTPUnix == "" {
+		return a, false
+	}
+	connection, err := net.DialTimeout("unix", a.HTTPUnix, 2*time.Second)
+	if err != nil {
+		return a, false
+	}
+	connection.Close()
+	return a, true
+}
+
+// startPatience is how long a change waits for an engine that has the store and does not answer yet.
+const startPatience = 10 * time.Second
+
+// awaitOwner waits for an engine that has just been started and answers soon, where what follows is for it and nobody else. It says so after a second.
+func awaitOwner(ctx context.Context, dir string, say io.Writer) {
+	for begun, said := time.Now(), false; store.Held(dir) && ctx.Err() == nil; time.Sleep(20 * time.Millisecond) {
+		if _, answers := owner(dir); answers || time.Since(begun) > startPatience {
+			return
+		}
+		if !said && time.Since(begun) > time.Second {
+			said = true
+			fmt.Fprintf(say, "dmi: somebody has the store %s and does not answer yet: waiting for %v at most\n", absolute(dir), startPatience)
+		}
+	}
 }
 
 func openStoreToRead(dir string) (*store.Store, error) {

@@ -23,6 +23,22 @@ func policyOf(t testing.TB, dir string) steer.Status {
 	return jsonOf[steer.Status](t, mustDMI(t, "policy", "get", "--json", "--store", dir))
 }
 
+// TestPolicyOfAStartingEngine: a change is for the engine that has the store, also where that does not answer yet.
+func TestPolicyOfAStartingEngine(t *testing.T) {
+	dir := storeDir(t)
+	mustStart(t, dir)
+	announced := filepath.Join(dir, announcementName)
+	if err := os.Rename(announced, announced+".late"); err != nil { // as it is until an engine is ready
+		t.Fatal(err)
+	}
+	late := time.AfterFunc(1200*time.Millisecond, func() { _ = os.Rename(announced+".late", announced) })
+	defer late.Stop()
+	out, complaints, code := dmi(t, "policy", "off", "--store", dir)
+	if code != 0 || !strings.Contains(out, "the brake is on") || !strings.Contains(complaints, "does not answer yet") {
+		t.Errorf("exit %d: %s%s", code, out, complaints)
+	}
+}
+
 func TestPolicyCommands(t *testing.T) {
 	dir := storeDir(t)
 	e := mustStart(t, dir)

@@ -27,8 +27,11 @@ func policyCommand(o *options) *cobra.Command {
 	return c
 }
 
-// asking runs a question against whoever answers for the store.
+// asking runs a question against whoever answers for the store; an engine that is starting will.
 func asking(o *options, c *cobra.Command, ask func(r *reader) error) error {
+	if e, err := o.effective(c, nil); err == nil && o.engine == "" {
+		awaitOwner(c.Context(), e.Store.Path, c.ErrOrStderr())
+	}
 	r, err := o.reader(c)
 	if err != nil {
 		return err

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import dmi
+from dmi.engine import join_or_start
 from sessions import alive, balanced, engine_pid, llama, plainly, prompts, until
 
 HOOKS = ["blocks.*.hook_resid_post", "blocks.*.hook_resid_pre", "logits"]
@@ -60,6 +61,19 @@ def test_policy_acts_at_the_next_step(tmp_path: Path) -> None:
     assert store.policy.get(revision=1)["revision"]["text"].startswith("default: off")
     with pytest.raises(dmi.EngineError, match="only reads"):
         store.policy.off()
+
+
+def test_a_change_is_for_an_engine_that_is_starting(tmp_path: Path) -> None:
+    """One that has the store and has not announced itself yet; who only reads the store would refuse."""
+    engine = join_or_start(tmp_path)
+    assert engine.store == str(tmp_path)
+    announced = tmp_path / "engine.json"
+    announced.rename(tmp_path / "late")
+    late = threading.Timer(0.5, (tmp_path / "late").rename, [announced])
+    late.start()
+    with dmi.open(tmp_path) as store:  # without it
+        assert store.policy.off()["revision"]["off"]
+    late.join()
 
 
 def test_refused_policies_change_nothing(tmp_path: Path) -> None:

@@ -32,6 +32,8 @@ READY_TIMEOUT_S = 120.0
 """How long a new engine may take to open its store (it settles what an earlier one left behind)."""
 TAKE_OVER_TIMEOUT_S = 40.0
 """How long we wait for an engine that is stopping to let go of its store; its own bound is 30 s."""
+START_PATIENCE_S = 10.0
+"""How long a question that only the owner can answer waits for one that has the store and does not answer yet."""
 SOCKET_PATH_BYTES = 100
 """Unix socket paths hold 107 bytes; what is longer goes to a short folder."""
 LOG_BYTES = 4 << 20
@@ -195,6 +197,13 @@ def _starting(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
+
+
+def await_owner(store: Path) -> None:
+    """Return when the engine that has a store answers, or nobody has it; after START_PATIENCE_S at the latest."""
+    deadline = time.monotonic() + START_PATIENCE_S
+    while live(store) is None and _held(store) and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
 def _held(folder: Path) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 from dmi.cache import Cache
 from dmi.client import Client
-from dmi.engine import Engine, live, start_own
+from dmi.engine import Engine, await_owner, live, start_own
 from dmi.errors import EngineError, NotCapturedError
 from dmi.inspection import Inspector
 from dmi.policy import Policy
@@ -104,6 +104,11 @@ class Store:
             self._client.close()
         return self._client
 
+    def _steered(self) -> Client:
+        if self._reader is not None:
+            await_owner(self._reader.folder)
+        return self._fresh()
+
     def sessions(self) -> list[dict[str, Any]]:
         """Sessions: `id, mode, text, state, model, versions, process, hooks, sites, begun_unix_ns, ended_unix_ns`, ..."""
         return list(self._fresh().list("/sessions"))
@@ -188,8 +193,8 @@ class Store:
 
     @property
     def policy(self) -> Policy:
-        """What is captured by the models attached to the store's engine, to read and to change."""
-        return Policy(self._fresh)
+        """What is captured by the models attached to the store's engine, to read and to change. One that has just been started is waited for."""
+        return Policy(self._steered)
 
     def close(self) -> None:
         self._client.close()
