@@ -62,6 +62,18 @@ template <typename T>
 DMI_HD T add_acq_rel_gpu(T& word, T value) {
   return gpu_ref<T>(word).fetch_add(value, memory_order_acq_rel);
 }
+// Counts up to `last`, and from there begins anew. Returns what was there.
+DMI_HD inline uint32_t wrap_relaxed_gpu(uint32_t& word, uint32_t last) {
+#ifdef __CUDA_ARCH__
+  return atomicInc(&word, last);
+#else
+  gpu_ref<uint32_t> counter(word);
+  uint32_t was = counter.load(memory_order_relaxed);
+  while (!counter.compare_exchange_weak(was, was >= last ? 0 : was + 1, memory_order_relaxed)) {
+  }
+  return was;
+#endif
+}
 template <typename T>
 DMI_HD void or_relaxed_gpu(T& word, T value) {
   gpu_ref<T>(word).fetch_or(value, memory_order_relaxed);

@@ -22,8 +22,9 @@ DMI_HD DMI_APART void capture_levelled(Block& block, State& s, const Group& g, S
 
 template <typename Block>
 DMI_HD DMI_APART void capture_watched(Block& block, State& s, const Group& g, Scratch& x) {
-  if (watch_group(block, s, g, x) ? divide(block, s, g, x) : divided(block, g)) return capture_lots(block, s, g, x);
-  // Whoever decided arrives first, since the others have waited for what it reserves.
+  const bool decides = watch_group(block, s, g, x);
+  if (decides ? divide(block, s, g, x) : divided(block, g)) return capture_lots(block, s, g, x);
+  if (block.thread() == 0) x.first = decides;
   capture_levelled(block, s, g, x);
 }
 
@@ -36,8 +37,12 @@ DMI_HD DMI_APART void capture_apart(Block& block, State& s, const Group& g, Scra
 template <typename Block>
 DMI_HD void capture(Block& block, const Group& g, Scratch& x) {
   State& s = *g.state;
+  // Who comes first reserves. Asked for ahead of all else, since the answer takes as long as what follows.
+  uint32_t came = 0;
+  if (block.thread() == 0 && block.count() != 1) came = wrap_relaxed_gpu(g.meeting->arrived, block.count() - 1);
   block.load(x.tensor, g.tensor, g.count);
   block.load(&x.fixed, &s.fixed, 1);
+  if (block.thread() == 0) x.first = came == 0;
   block.sync();
   const Fixed& f = x.fixed;
   if (f.open == 0) {

@@ -7,7 +7,6 @@
 #include <deque>
 #include <mutex>
 #include <string>
-#include <vector>
 
 #include "capture.h"
 #include "device.h"
@@ -36,7 +35,7 @@ constexpr bool nearly_full(uint64_t used, uint64_t capacity) { return used > cap
 constexpr uint64_t kAhead = 4;                    // steps that the host may be ahead of the device in complete mode
 constexpr uint32_t kMeetings = 4096;              // of eager launches, in turn: far more than a stream can hold
 constexpr uint32_t kGraphMeetings = 4096;         // allocated at a time, for launches that graphs keep
-constexpr uint32_t kMostGraphMeetings = 1 << 20;  // 88 MiB: a bound that only a mistake exceeds
+constexpr uint32_t kMostGraphMeetings = 1 << 20;  // 96 MiB: a bound that only a mistake exceeds
 
 void check(cudaError_t status, const char* what) {
   if (status != cudaSuccess) {
@@ -321,7 +320,7 @@ Cuda::Cuda(const Mapping& mapping, int ordinal, uint64_t wait_bound_ns)
     // Kernels are loaded at their first launch, which must not be one that a recording or a step waits for.
     int processors = 0;
     check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, ordinal_), "create ring: ask for the device's size");
-    blocks_ = 2 * uint32_t(processors);
+    blocks_ = std::min(2 * uint32_t(processors), kMostBlocks);
     cudaFuncAttributes attributes{};
     check(cudaFuncGetAttributes(&attributes, open_kernel), "create ring: load libdmi's kernels (was it built for this GPU?)");
     check(cudaFuncGetAttributes(&attributes, close_kernel), "create ring: load libdmi's kernels");

@@ -51,36 +51,35 @@ DMI_HD inline bool has_records(const Scratch& x, uint32_t i) {
 
 // Room in the spill region for what of the group is little. How many tensors that is; none where there is no room for all of them.
 template <bool kLevelled>
-DMI_HD uint32_t reserve_near(State& s, const Scratch& x, uint32_t count, Meeting& m) {
+DMI_HD uint32_t reserve_near(State& s, const Scratch& x, uint32_t count, uint64_t& at, uint32_t& corner) {
   const Fixed& f = x.fixed;
   uint32_t n = count;
   uint64_t bytes = x.total;
   for (; n != 0 && bytes > f.little && count - n < kFewLarge && large(f, room_of<kLevelled>(x.plan[n - 1])); bytes = x.at[n]) --n;
-  return bytes != 0 && bytes <= f.little && reserve_little(s, f, x.seen, bytes, m) ? n : 0;
+  return bytes != 0 && bytes <= f.little && reserve_little(s, f, x.seen[kSpillRegion], bytes, at, corner) ? n : 0;
 }
 
-// One reservation for the rest of the group: all of it, or, where room is short, whole tensors and then whole rows. Its records' slots too,
-// where all is as it mostly is; otherwise say() takes them. By one thread of one block.
+// One reservation for the rest of the group: all of it, or, where room is short, whole tensors and then whole rows. By one thread of one
+// block.
 template <bool kLevelled>
-DMI_HD void reserve(State& s, const Group& g, const Scratch& x, Meeting& m) {
+DMI_HD Grant reserve(State& s, const Group& g, const Scratch& x, Meeting& m) {
   const Fixed& f = x.fixed;
-  uint32_t whole = g.count, rows = 0;
+  uint32_t whole = g.count, rows = 0, corner = 0;
+  uint64_t spilled = 0;
   uint64_t total = x.total;
   uint32_t most = g.count;
-  m.more = 1;
-  if (x.plain == 0 && !records_free(s, several(kLevelled))) {
+  bool more = true;
+  if (x.plain == 0 && !records_free(s, f, several(kLevelled))) {
     // Bytes that no record tells of would never be free again: from the first tensor on that may find none, there is no room.
-    m.more = 0;
+    more = false;
     for (most = 0; most < g.count && has_records(x, most);) ++most;
     if (most < g.count) total = x.at[most];
   }
   // What is in the spill region is there whole. So it needs no records for rows that found no room, of which the corner has one.
-  const uint32_t near = m.more != 0 ? reserve_near<kLevelled>(s, x, g.count, m) : 0;
+  const uint32_t near = more ? reserve_near<kLevelled>(s, x, g.count, spilled, corner) : 0;
   const uint64_t before = near == g.count ? total : x.at[near];
-  m.near = near;
-  if (near == 0) m.corner = 0;
   total -= before;
-  uint64_t head = x.seen.payload_head, tail = x.seen.payload_tail;
+  uint64_t head = x.seen[kPayloadRegion].head, tail = x.seen[kPayloadRegion].tail;
   for (bool fresh = false, waited = f.complete == 0;;) {
     const uint64_t room = room_left(f.payload_bytes, head, tail);
     if (room < total && !fresh) {
@@ -112,34 +111,69 @@ DMI_HD void reserve(State& s, const Group& g, const Scratch& x, Meeting& m) {
     if (taken == 0 || swap_relaxed_gpu(s.payload_head, head, head + taken)) break;
     fresh = false;
   }
-  if (x.plain != 0 && whole == g.count) m.slot = take_slots(s, g.count + (m.corner != 0 ? 1 : 0));
-  m.base = head - before;
-  m.whole = whole;
-  m.rows = rows;
+  m.more = more ? 1 : 0;
+  m.corner = corner;
+  return {head - before, spilled, near, whole, rows, 0};
 }
 
 // Apart, so that what is long has its registers.
-DMI_HD DMI_APART inline void reserve_levelled(State& s, const Group& g, const Scratch& x, Meeting& m) { reserve<true>(s, g, x, m); }
+DMI_HD DMI_APART inline Grant reserve_levelled(State& s, const Group& g, const Scratch& x, Meeting& m) { return reserve<true>(s, g, x, m); }
 
-// What the others need to know is there.
-template <typename Block>
-DMI_HD void reserved(Block& block, Meeting& m) {
-  m.first = block.index();
-  if (block.count() != 1) store_release_gpu<uint32_t>(m.ready, 1);  // pairs with their acquire
+// A grant in a word, Meeting::ready: whoever waits for it then needs to read nothing else. Only of a group that is all in one place; others
+// read the meeting.
+enum Ready : uint64_t { kNothing, kInRing, kInSpill, kInMeeting };
+constexpr uint32_t kBlockBits = 10, kMostBlocks = 1 << kBlockBits;
+static_assert(DMI_PAYLOAD_ALIGN == 64);
+DMI_HD inline uint64_t ready_word(const Grant& grant, uint32_t tensors) {
+  if (grant.whole != tensors || (grant.near != 0 && grant.near != tensors)) return kInMeeting;
+  const uint64_t offset = grant.near != 0 ? grant.spilled : grant.base;
+  return offset / DMI_PAYLOAD_ALIGN << (kBlockBits + 2) | uint64_t{grant.first} << 2 | (grant.near != 0 ? kInSpill : kInRing);
+}
+DMI_HD inline Grant granted_in(uint64_t word, uint32_t tensors) {
+  const uint64_t offset = (word >> (kBlockBits + 2)) * DMI_PAYLOAD_ALIGN;
+  return {offset, offset, (word & 3) == kInSpill ? tensors : 0, tensors, 0, uint32_t(word >> 2) % kMostBlocks};
+}
+
+// Thread 0 of a block that does not reserve. Whoever does is running, and waits for none of us.
+DMI_HD inline uint64_t wait_until_ready(Meeting& m) {
+  uint64_t word = 0;
+  for (uint32_t pause = 20; (word = load_acquire_gpu(m.ready)) == kNothing; pause = pause < 500 ? pause * 2 : pause) pause_ns(pause);
+  return word;
+}
+
+// The group's room in x.grant: reserved by the first block, told to the others. By thread 0 of each.
+template <bool kLevelled, typename Block>
+DMI_HD void take_grant(Block& block, State& s, const Group& g, Scratch& x, Meeting& m) {
+  if (!x.first) {
+    const uint64_t word = wait_until_ready(m);
+    x.grant = word % 4 == kInMeeting ? m.grant : granted_in(word, g.count);
+    return;
+  }
+  if constexpr (kLevelled) {
+    x.grant = reserve_levelled(s, g, x, m);
+  } else {
+    x.grant = reserve<false>(s, g, x, m);
+  }
+  x.grant.first = block.index();
+  if (block.count() != 1) {
+    const uint64_t word = ready_word(x.grant, g.count);
+    if (word == kInMeeting) m.grant = x.grant;
+    store_release_gpu(m.ready, word);  // pairs with their acquire
+  }
+  // Of groups that are as they mostly are; of others say() finds the slots. Behind it, since nobody else waits for that.
+  if (x.plain != 0 && x.grant.whole == g.count) m.slot = take_slots(s, g.count + (m.corner != 0 ? 1 : 0));
 }
 
 // After the others know the reservation: what each tensor has of it. By all threads; x.at and x.unit hold what the whole would need.
 template <bool kLevelled, typename Block>
-DMI_HD void share_out(Block& block, const Group& g, Scratch& x, const Meeting& m) {
-  const uint64_t base = m.base, spilled = m.spilled;
-  const uint32_t whole = m.whole, rows = m.rows, near = m.near;
-  if (block.thread() == 0) x.near = near;
+DMI_HD void share_out(Block& block, const Group& g, Scratch& x) {
+  const Grant& grant = x.grant;
   for (uint32_t i = block.thread(); i < g.count; i += block.threads()) {
-    x.at[i] += i < near ? spilled : base;
-    x.start[i] = x.at[i] % (i < near ? x.fixed.spill_bytes : x.fixed.payload_bytes);
-    x.granted[i] = x.plan[i].fate != Fate::kCapture || i > whole ? 0 : i < whole ? x.plan[i].rows : rows;
+    x.at[i] += i < grant.near ? grant.spilled : grant.base;
+    x.start[i] = place_in(i < grant.near ? x.fixed.spill_bytes : x.fixed.payload_bytes, x.at[i]);
+    x.granted[i] = x.plan[i].fate != Fate::kCapture || i > grant.whole ? 0 : i < grant.whole ? x.plan[i].rows : grant.rows;
   }
-  if (whole == g.count) return;
+  if (grant.whole == g.count) return;
   block.sync();
   for (uint32_t i = block.thread(); i < g.count; i += block.threads())
     x.unit[i] = kLevelled ? levelled_units(x.fixed, x.tensor[i], x.plan[i], x.granted[i], g.unit_shift)
@@ -151,13 +185,13 @@ DMI_HD void share_out(Block& block, const Group& g, Scratch& x, const Meeting& m
 // Where the payload of tensor i goes.
 DMI_HD inline Target target_of(const Scratch& x, uint32_t i) {
   const Fixed& f = x.fixed;
-  return i < x.near ? Target{f.spill, f.spill_bytes, x.start[i]} : Target{f.payload, f.payload_bytes, x.start[i]};
+  return i < x.grant.near ? Target{f.spill, f.spill_bytes, x.start[i]} : Target{f.payload, f.payload_bytes, x.start[i]};
 }
 
 // Whether a corner is told of before tensor i: before the first that has bytes, so that a row of it follows.
 template <bool kLevelled>
 DMI_HD bool cornered(const Scratch& x, const Meeting& m, uint32_t i) {
-  return m.corner != 0 && i < m.near && x.at[i] == m.spilled && room_of<kLevelled>(x.plan[i]) != 0;
+  return m.corner != 0 && i < x.grant.near && x.at[i] == x.grant.spilled && room_of<kLevelled>(x.plan[i]) != 0;
 }
 
 // The slots of groups that are not as they mostly are. By all threads; gives x.record, and m.slot.
@@ -203,7 +237,7 @@ DMI_HD void say_tensor(State& s, const Fixed& f, const Tensor& t, const Plan& p,
 template <bool kLevelled, typename Block>
 DMI_HD DMI_APART void say(Block& block, State& s, const Group& g, Scratch& x, Meeting& m) {
   const Fixed& f = x.fixed;
-  const bool plain = x.plain != 0 && m.whole == g.count;
+  const bool plain = x.plain != 0 && x.grant.whole == g.count;
   if (!plain) find_slots<kLevelled>(block, s, g, x, m);
   if (block.thread() == 0) {
     m.records = plain ? g.count + (m.corner != 0 ? 1 : 0) : x.record[g.count];
@@ -215,10 +249,10 @@ DMI_HD DMI_APART void say(Block& block, State& s, const Group& g, Scratch& x, Me
     const Plan& p = x.plan[i];
     const bool corner = cornered<kLevelled>(x, m, i);
     const uint32_t given = plain ? (corner ? 2 : 1) : x.record[i + 1] - x.record[i];
-    const uint32_t before = plain ? i + (m.corner != 0 && (i >= m.near || x.at[i] != m.spilled) ? 1 : 0) : x.record[i];
+    const uint32_t before = plain ? i + (m.corner != 0 && (i >= x.grant.near || x.at[i] != x.grant.spilled) ? 1 : 0) : x.record[i];
     const uint64_t slot = m.slot + before;
-    if (corner) say_corner(f, t, p, m.spilled, m.corner, slot);
-    say_tensor<kLevelled>(s, f, t, p, x.granted[i], i < m.near ? DMI_PLACE_SPILL : DMI_PLACE_RING, x.at[i], slot + (corner ? 1 : 0),
+    if (corner) say_corner(f, t, p, x.grant.spilled, m.corner, slot);
+    say_tensor<kLevelled>(s, f, t, p, x.granted[i], i < x.grant.near ? DMI_PLACE_SPILL : DMI_PLACE_RING, x.at[i], slot + (corner ? 1 : 0),
                           slot + given);
     // What the site did not need is free for others, unless the rest of it is still to come.
     const bool later = f.complete != 0 && p.fate == Fate::kCapture && x.granted[i] < p.rows;
@@ -240,13 +274,8 @@ DMI_HD void publish(Block& block, const Group& g, const Scratch& x, const Meetin
 // By the last block.
 template <bool kLevelled>
 DMI_HD void leave(Meeting& m) {
-  m.arrived = m.ready = m.done = 0;  // for the next launch, which a stream orders after this one
+  m.ready = m.done = 0;  // for the next launch, which a stream orders after this one
   if constexpr (kLevelled) m.claimed = m.watched = 0;
-}
-
-// Thread 0 of a block that does not reserve. Whoever does is running, and waits for none of us.
-DMI_HD inline void wait_until_ready(Meeting& m) {
-  for (uint32_t pause = 20; load_acquire_gpu(m.ready) == 0; pause = pause < 500 ? pause * 2 : pause) pause_ns(pause);
 }
 
 // Which of the tensors from `first` on has a unit of the group.
@@ -265,8 +294,8 @@ DMI_HD inline uint32_t whose(const Scratch& x, uint32_t first, uint32_t count, u
 
 // Units come in turn, beginning behind the block that reserved, which has the fewest, as it has the records to write.
 template <typename Block>
-DMI_HD uint32_t first_unit(const Block& block, const Meeting& m) {
-  return block.index() - m.first - 1 + (block.index() <= m.first ? block.count() : 0);
+DMI_HD uint32_t first_unit(const Block& block, const Grant& grant) {
+  return block.index() - grant.first - 1 + (block.index() <= grant.first ? block.count() : 0);
 }
 
 // This block's units of tensors whose rows are all reduced. Apart, so that it has the registers for it.
@@ -286,14 +315,16 @@ DMI_HD void capture_group(Block& block, State& s, const Group& g, Scratch& x) {
   const Fixed& f = x.fixed;
   if (block.thread() == 0) x.plain = 1;
   block.sync();
-  if (block.thread() + 1 == block.threads()) x.seen = look(s);  // a thread that has no tensor, as a rule
+  // The last threads, which have no tensor as a rule, side by side.
+  const uint32_t last = block.threads() - 1 - block.thread();
+  if (last < kRegions) x.seen[last] = look(s, Region(last));
   for (uint32_t i = block.thread(); i < g.count; i += block.threads()) {
     const Tensor& t = x.tensor[i];
     x.own[i] = t.site < f.sites ? f.left[t.site] : 0;
     if constexpr (kLevelled) {
-      x.plan[i] = plan_levelled(f, t, g.unit_shift, x.unit[i]);
+      x.unit[i] = plan_levelled(x.plan[i], f, t, g.unit_shift);
     } else {
-      x.plan[i] = plan_of(f, t);
+      plan_tensor(x.plan[i], f, t);
       x.unit[i] = units_of(x.plan[i].fate == Fate::kCapture ? stream_bytes(x.plan[i]) : 0, g.unit_shift);
     }
     x.at[i] = room_of<kLevelled>(x.plan[i]);
@@ -306,26 +337,15 @@ DMI_HD void capture_group(Block& block, State& s, const Group& g, Scratch& x) {
   if (block.thread() == 0) x.total = total;
   block.sum(x.unit, g.count);
   Meeting& m = *g.meeting;
-  if (block.thread() == 0) {
-    if (block.count() == 1 || add_relaxed_gpu<uint32_t>(m.arrived, 1) == 0) {
-      if constexpr (kLevelled) {
-        reserve_levelled(s, g, x, m);
-      } else {
-        reserve<false>(s, g, x, m);
-      }
-      reserved(block, m);
-    } else {
-      wait_until_ready(m);
-    }
-  }
+  if (block.thread() == 0) take_grant<kLevelled>(block, s, g, x, m);
   block.sync();
-  share_out<kLevelled>(block, g, x, m);
+  share_out<kLevelled>(block, g, x);
   block.sync();
-  const bool all = m.whole == g.count;
-  if (all && m.first == block.index()) say<kLevelled>(block, s, g, x, m);
-  const uint32_t units = x.unit[g.count], first = first_unit(block, m);
-  if constexpr (kLevelled) reduce_units(block, x, g.count, first);
-  for (uint32_t unit = first, i = 0; unit < units; unit += block.count()) {
+  const bool all = x.grant.whole == g.count;
+  if (all && x.first) say<kLevelled>(block, s, g, x, m);
+  const uint32_t units = x.unit[g.count], begin = first_unit(block, x.grant);
+  if constexpr (kLevelled) reduce_units(block, x, g.count, begin);
+  for (uint32_t unit = begin, i = 0; unit < units; unit += block.count()) {
     i = whose(x, i, g.count, unit);
     const Tensor& t = x.tensor[i];
     const Plan& p = x.plan[i];
@@ -334,8 +354,8 @@ DMI_HD void capture_group(Block& block, State& s, const Group& g, Scratch& x) {
     if constexpr (kLevelled) {
       if (p.reduced == nullptr) move_unit(block, x.meet, f, t, p, x.granted[i], n, g.unit_shift, to);
     } else {
-      const uint64_t begin = uint64_t{n} << g.unit_shift, end = uint64_t{n + 1} << g.unit_shift, of = uint64_t{x.granted[i]} * p.row_bytes;
-      copy_stream(f, t, p, all_rows(f, t, p), 0, begin, end < of ? end : of, to, block.thread(), block.threads());
+      const uint64_t from = uint64_t{n} << g.unit_shift, end = uint64_t{n + 1} << g.unit_shift, of = uint64_t{x.granted[i]} * p.row_bytes;
+      copy_stream(f, t, p, all_rows(f, t, p), 0, from, end < of ? end : of, to, block.thread(), block.threads());
     }
   }
   block.sync();

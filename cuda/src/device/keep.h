@@ -102,18 +102,17 @@ DMI_HD DMI_APART void watch_rows(Block& block, Rendezvous& meet, State& s, const
   }
 }
 
-DMI_HD inline Plan plan_watched(const Fixed& f, const Tensor& t) {
-  Plan p{};
+DMI_HD inline void plan_watched(Plan& p, const Fixed& f, const Tensor& t) {
+  p = Plan{};
   p.rows = f.space[t.space].rows;
   p.fate = Fate::kOutside;
-  if (t.site >= f.sites) return p;
+  if (t.site >= f.sites) return;
   plan_source(p, f, t);
   if (p.fate == Fate::kCapture) p.elements = p.row_bytes >> t.shift;
   const Gate gate = f.gates[t.site];
   p.selection = gate.selection;
   p.top = gate.top;
   p.level = gate.level == DMI_LEVEL_SAMPLED ? uint8_t{DMI_LEVEL_FULL} : gate.level;
-  return p;
 }
 
 // Units of rows that are to be held against conditions.
@@ -131,7 +130,7 @@ DMI_HD bool watch_group(Block& block, State& s, const Group& g, Scratch& x) {
   Meeting& m = *g.meeting;
   for (uint32_t i = block.thread(); i < g.count; i += block.threads()) {
     x.own[i] = x.tensor[i].site < f.sites ? f.left[x.tensor[i].site] : 0;
-    x.plan[i] = plan_watched(f, x.tensor[i]);
+    plan_watched(x.plan[i], f, x.tensor[i]);
     x.unit[i] = watched_units(f, x.tensor[i], x.plan[i]);
   }
   block.sync();
@@ -292,7 +291,7 @@ DMI_HD bool make_lots(Block& block, State& s, const Group& g, Scratch& x, uint32
       m.lots = n;
       m.lots_at = add_relaxed_gpu(s.lots, n);
       // Each may have one record more, for rows that found no room; bytes that no record tells of would never be free again.
-      x.found = uint64_t{m.lots_at} + n <= f.record_capacity && records_free(s, several(true) + 2 * uint64_t{n});
+      x.found = uint64_t{m.lots_at} + n <= f.record_capacity && records_free(s, f, several(true) + 2 * uint64_t{n});
     }
     block.sync();
     if (!x.found) return false;
@@ -371,7 +370,7 @@ DMI_HD void reserve_lots(Block& block, State& s, Scratch& x, Meeting& m, const L
     if (x.found) break;
   }
   if (block.thread() == 0) {
-    m.base = head;
+    m.grant.base = head;
     m.taken = x.slot;
   }
 }
@@ -419,7 +418,7 @@ DMI_HD DMI_APART bool divide(Block& block, State& s, const Group& g, Scratch& x)
     }
     reserve_lots(block, s, x, m, lots, needed, all);
     block.sync();
-    if (block.thread() == 0) store_release_gpu<uint32_t>(m.ready, 1);  // pairs with the acquire of the others
+    if (block.thread() == 0) store_release_gpu<uint64_t>(m.ready, kInMeeting);  // pairs with the acquire of the others
     block.sync();
     return true;
   }
@@ -517,7 +516,7 @@ DMI_HD void say_lots(Block& block, State& s, const Group& g, Scratch& x, const M
     bool later = false;
     each_lot_of(x, lots, i, [&](const Lot& lot) {
       const uint32_t granted = granted_of(lot, m.taken);
-      say_lot(s, f, x.tensor[i], x.plan[i], lot, granted, m.base, slot, first + x.unit[i + 1]);
+      say_lot(s, f, x.tensor[i], x.plan[i], lot, granted, m.grant.base, slot, first + x.unit[i + 1]);
       later = later || (f.complete != 0 && lot.what != Lot::kOffered && granted < lot.rows);
     });
     // What the site did not need is free for others, unless the rest of it is still to come.
@@ -574,7 +573,7 @@ DMI_HD DMI_APART void capture_lots(Block& block, State& s, const Group& g, Scrat
     while (x.unit[i + 1] <= unit) ++i;
     uint32_t n = x.record[i];
     while (n + 1 < x.record[i + 1] && lots[n + 1].unit <= unit) ++n;
-    move_lot(block, x, lots[n], granted_of(lots[n], m.taken), unit - lots[n].unit, g.unit_shift, m.base);
+    move_lot(block, x, lots[n], granted_of(lots[n], m.taken), unit - lots[n].unit, g.unit_shift, m.grant.base);
   }
   block.sync();
   if (block.count() != 1) {

@@ -72,11 +72,11 @@ DMI_HD inline bool usual(const Tensor& t, const Plan& p) {
   return p.vector == 16 && t.key >= t.inners && (t.dtype == DMI_DTYPE_BF16 || t.dtype == DMI_DTYPE_F16 || t.dtype == DMI_DTYPE_F32);
 }
 
-// `units`: of the work that all of it is.
-DMI_HD inline Plan plan_levelled(const Fixed& f, const Tensor& t, uint32_t unit_shift, uint32_t& units) {
-  Plan p = plan_of(f, t);
-  units = 0;
-  if (p.fate == Fate::kOff || p.fate == Fate::kOutside) return p;
+// Gives the units of the work that all of it is.
+DMI_HD inline uint32_t plan_levelled(Plan& p, const Fixed& f, const Tensor& t, uint32_t unit_shift) {
+  plan_tensor(p, f, t);
+  uint32_t units = 0;
+  if (p.fate == Fate::kOff || p.fate == Fate::kOutside) return units;
   const Gate gate = f.gates[t.site];
   p.selection = gate.selection;
   p.top = gate.top;
@@ -92,16 +92,16 @@ DMI_HD inline Plan plan_levelled(const Fixed& f, const Tensor& t, uint32_t unit_
     return true;
   });
   p.off = all - p.rows;
-  if (p.reduced == nullptr) return p;
+  if (p.reduced == nullptr) return units;
   if (p.fate != Fate::kCapture || p.top != 0 || p.outers != 0 || !usual(t, p)) {
     p.reduced = nullptr;
-    return p;
+    return units;
   }
   const Rows rows = rows_of(t, 0, p.flat_stride, p.row_bytes, *p.reduced);
   p.linear = rows.linear;
   p.first = rows.first;
   p.team = uint8_t(team_shift(p, p.rows));
-  return p;
+  return units;
 }
 
 // How many of the rows fit into `room` bytes, a multiple of the alignment; `taken`: the bytes that they take of it.
@@ -526,7 +526,7 @@ template <typename Block>
 DMI_HD DMI_APART void compute_rows(Block& block, Rendezvous& meet, const Fixed& f, const Tensor& t, const Plan& p, const Part& part,
                                    uint32_t begin, uint32_t end, const Target& to) {
   const Team<Block> team(block, meet, team_shift(p, part.rows));
-  const uint64_t start = to.offset % to.capacity;
+  const uint64_t start = place_in(to.capacity, to.offset);
   const uint32_t at_once = block.warps() / team.warps;
   for (uint32_t row = begin + block.warp() / team.warps; row < end; row += at_once) {
     const std::byte* from = row_address(f, t, p, *part.list, row);

@@ -38,11 +38,11 @@ DMI_HD inline void publish_slot(const Fixed& f, uint64_t index) {
 
 // A record of one thread's making.
 template <typename Record>
-DMI_HD void publish_one(State& s, const Record& record) {
+DMI_HD void publish_one(State& s, const Fixed& f, const Record& record) {
   static_assert(sizeof(Record) == sizeof(dmi_record));
   const uint64_t index = take_slots(s, 1);
-  write_record(slot_of(s.fixed, index), reinterpret_cast<const dmi_record&>(record));
-  publish_slot(s.fixed, index);
+  write_record(slot_of(f, index), reinterpret_cast<const dmi_record&>(record));
+  publish_slot(f, index);
   count(s.counters.records, 1);
 }
 

@@ -27,15 +27,16 @@ DMI_HD inline uint64_t room_left(uint64_t capacity, uint64_t head, uint64_t tail
   return used <= capacity ? capacity - used : 0;
 }
 
-DMI_HD inline uint64_t free_records(State& s) {
-  const uint64_t used = load_relaxed_gpu(s.record_head) - load_acquire_gpu(s.record_tail_seen) + load_relaxed_gpu(s.aside);
-  return used < s.fixed.record_capacity ? s.fixed.record_capacity - used : 0;
+DMI_HD inline uint64_t free_records(State& s, const Fixed& f) {
+  const uint64_t aside = load_relaxed_gpu(s.aside), head = load_relaxed_gpu(s.record_head);
+  const uint64_t used = head - load_acquire_gpu(s.record_tail_seen) + aside;
+  return used < f.record_capacity ? f.record_capacity - used : 0;
 }
 
-DMI_HD inline bool records_free(State& s, uint64_t wanted) {
-  if (free_records(s) >= wanted) return true;
-  refresh(s.record_tail_seen, *s.fixed.record_tail, s.record_head);
-  return free_records(s) >= wanted;
+DMI_HD inline bool records_free(State& s, const Fixed& f, uint64_t wanted) {
+  if (free_records(s, f) >= wanted) return true;
+  refresh(s.record_tail_seen, *f.record_tail, s.record_head);
+  return free_records(s, f) >= wanted;
 }
 
 // Of a group that is little: its payload goes to the spill region, which the engine reads in place. A copy command, and the threads that
@@ -48,18 +49,18 @@ DMI_HD inline uint64_t little_of(uint64_t spill_bytes) { return spill_bytes / 2 
 constexpr uint32_t kFewLarge = 4;
 DMI_HD inline bool large(const Fixed& f, uint64_t bytes) { return bytes > f.little / 4; }
 
-DMI_HD inline Seen look(State& s) {
-  return {load_relaxed_gpu(s.payload_head), load_acquire_gpu(s.payload_tail_seen), load_relaxed_gpu(s.spill_head),
-          load_acquire_gpu(s.spill_tail_seen)};
+DMI_HD inline Seen look(State& s, Region of) {
+  const uint64_t head = load_relaxed_gpu(of == kPayloadRegion ? s.payload_head : s.spill_head);
+  return {head, load_acquire_gpu(of == kPayloadRegion ? s.payload_tail_seen : s.spill_tail_seen)};
 }
 
 // Room there for `total` bytes, in one piece and all at once; false where none is known of. The corner that they leave at the region's end
 // is part of what is reserved, and has to be told of. By one thread.
-DMI_HD inline bool reserve_little(State& s, const Fixed& f, const Seen& seen, uint64_t total, Meeting& m) {
-  uint64_t tail = seen.spill_tail;
+DMI_HD inline bool reserve_little(State& s, const Fixed& f, const Seen& seen, uint64_t total, uint64_t& at, uint32_t& left) {
+  uint64_t tail = seen.tail;
   bool fresh = false;
-  for (uint64_t head = seen.spill_head;;) {
-    const uint64_t to_end = f.spill_bytes - head % f.spill_bytes, corner = to_end < total ? to_end : 0;
+  for (uint64_t head = seen.head;;) {
+    const uint64_t to_end = f.spill_bytes - place_in(f.spill_bytes, head), corner = to_end < total ? to_end : 0;
     if (room_left(f.spill_bytes, head, tail) < corner + total) {
       if (fresh) return false;
       tail = refresh(s.spill_tail_seen, *f.spill_tail, s.spill_head);
@@ -69,8 +70,8 @@ DMI_HD inline bool reserve_little(State& s, const Fixed& f, const Seen& seen, ui
     }
     fresh = false;
     if (!swap_relaxed_gpu(s.spill_head, head, head + corner + total)) continue;
-    m.spilled = head + corner;
-    m.corner = uint32_t(corner);
+    at = head + corner;
+    left = uint32_t(corner);
     return true;
   }
 }
@@ -120,7 +121,7 @@ DMI_HD inline void wait_while_drained(State& s, uint64_t bytes) {
 // The next rows' room in x.target, x.taken, x.place; false where none is to be had now.
 DMI_HD inline bool find_room(State& s, Scratch& x, uint64_t row_bytes, uint32_t rows, bool own) {
   const Fixed& f = x.fixed;
-  if (!own && !records_free(s, 1)) return false;
+  if (!own && !records_free(s, f, 1)) return false;
   // What cannot fit goes in quarters of the ring, so that copying in and draining overlap.
   uint64_t most = rows;
   if (rows > f.payload_bytes / 2 / row_bytes) most = f.payload_bytes / 4 / row_bytes;
@@ -141,7 +142,7 @@ DMI_HD inline bool find_room(State& s, Scratch& x, uint64_t row_bytes, uint32_t 
   if (f.spill_bytes < row_bytes) return false;
   tail = refresh(s.spill_tail_seen, *f.spill_tail, s.spill_head);
   for (uint64_t head = load_relaxed_gpu(s.spill_head);;) {
-    const uint64_t room = room_left(f.spill_bytes, head, tail), to_end = f.spill_bytes - head % f.spill_bytes;
+    const uint64_t room = room_left(f.spill_bytes, head, tail), to_end = f.spill_bytes - place_in(f.spill_bytes, head);
     const bool corner = to_end < row_bytes;  // no range crosses the end
     const uint64_t fit = (to_end < room ? to_end : room) / row_bytes;
     const uint64_t n = corner ? 0 : fit < most ? fit : most;

@@ -48,6 +48,11 @@ constexpr uint32_t kLargestUnit = 128 << 10;
 
 // Every range of a ring starts at a multiple of DMI_PAYLOAD_ALIGN.
 DMI_HD inline uint64_t aligned(uint64_t bytes) { return (bytes + DMI_PAYLOAD_ALIGN - 1) / DMI_PAYLOAD_ALIGN * DMI_PAYLOAD_ALIGN; }
+// Where in a ring of so many bytes an offset is. A GPU divides 64 bits in the time of a trip to memory, and most rings are a power of two.
+DMI_HD inline uint64_t place_in(uint64_t capacity, uint64_t offset) {
+  if (offset < capacity) return offset;
+  return (capacity & (capacity - 1)) == 0 ? offset & (capacity - 1) : offset % capacity;
+}
 DMI_HD inline uint64_t stream_bytes(const Plan& p) { return uint64_t{p.rows} * p.row_bytes; }
 
 // Whether the rows are all inside the tensor, and the tensor what the step says that its sources are; as in layout.cpp.
@@ -124,11 +129,11 @@ DMI_HD inline void plan_source(Plan& p, const Fixed& f, const Tensor& t) {
   p.linear = all.linear;
   p.first = all.first;
   p.vector = t.vector;
-  while (p.vector > 1 && (p.row_bytes % p.vector != 0 || p.piece_bytes % p.vector != 0)) p.vector /= 2;
+  while (((p.row_bytes | p.piece_bytes) & (p.vector - 1u)) != 0) p.vector /= 2;
 }
 
-DMI_HD inline Plan plan_of(const Fixed& f, const Tensor& t) {
-  Plan p{};
+DMI_HD inline void plan_tensor(Plan& p, const Fixed& f, const Tensor& t) {
+  p = Plan{};
   p.rows = f.space[t.space].rows;
   if (t.site >= f.sites) {  // the step does not know it
     p.fate = Fate::kOutside;
@@ -137,7 +142,6 @@ DMI_HD inline Plan plan_of(const Fixed& f, const Tensor& t) {
   } else {
     plan_source(p, f, t);
   }
-  return p;
 }
 
 DMI_HD inline Rows all_rows(const Fixed& f, const Tensor& t, const Plan& p) { return {f.space[t.space], p.linear, p.first}; }
@@ -216,7 +220,7 @@ DMI_HD void copy_linear(const Vector* from, Vector* to, uint32_t count, uint32_t
 template <typename Vector>
 DMI_HD void copy_vectors(const Fixed& f, const Tensor& t, const Plan& p, const Rows& rows, uint32_t first, uint64_t begin, uint64_t end,
                          const Target& to, uint32_t thread, uint32_t threads) {
-  const uint64_t at = (to.offset + begin) % to.capacity;
+  const uint64_t at = place_in(to.capacity, to.offset + begin);
   const uint32_t count = uint32_t((end - begin) / sizeof(Vector));
   if (rows.linear) {
     const auto* from = reinterpret_cast<const Vector*>(t.data + rows.first + uint64_t{first} * p.row_bytes + begin);

@@ -11,8 +11,9 @@ namespace dmi::device {
 // Where the rings stand, read ahead of a reservation, which would wait for one word after the other. Whoever moved a head since is noticed
 // by the swap; of a tail that moved since, less room is known.
 struct Seen {
-  uint64_t payload_head, payload_tail, spill_head, spill_tail;
+  uint64_t head, tail;
 };
+enum Region : uint32_t { kPayloadRegion, kSpillRegion, kRegions };
 
 struct Scratch {
   Fixed fixed;
@@ -27,9 +28,9 @@ struct Scratch {
   uint64_t total, slot;
   uint32_t plain;    // every site still has the record it needs, and none comes twice; of watched steps: nothing is kept or offered
   uint32_t changed;  // of watched steps
-  bool last;
-  uint32_t near;  // as in Meeting
-  Seen seen;
+  bool first, last;  // whether this block reserves the group's room, and whether it makes it visible
+  Grant grant;
+  Seen seen[kRegions];
   // of complete mode's way
   bool found;
   uint8_t place;

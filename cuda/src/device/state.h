@@ -123,25 +123,31 @@ struct Lot {
 };
 static_assert(sizeof(Lot) == 40);
 
-// Where the blocks of one launch meet. Zero between launches.
-struct Meeting {
-  uint32_t arrived, ready, done;
-  uint32_t more;     // whether tensors may have more records than were set aside for their sites
+// Room for a group.
+struct Grant {
   uint64_t base;     // payload offset of the group, or where it would be if none of it was in the spill region
-  uint64_t slot;     // its first record
+  uint64_t spilled;  // spill offset of its first tensors, which lie there behind each other
+  uint32_t near;     // so many
   uint32_t whole;    // tensors that were granted room whole
   uint32_t rows;     // of the next one
   uint32_t first;    // the block that reserved
+};
+
+// Where the blocks of one launch meet. Zero between launches, but for what only counts once `ready` says that it does.
+struct Meeting {
+  uint32_t arrived, done;
+  uint64_t ready;  // 0: nothing is reserved yet; else the grant in a word, or that it is here
+  Grant grant;
+  uint32_t more;     // whether tensors may have more records than were set aside for their sites
+  uint32_t corner;   // bytes before grant.spilled that were skipped: the end of the region, which no range crosses
+  uint64_t slot;     // the group's first record
   uint32_t records;  // of the group; as `slot`, for the last block: whoever writes them arrives at `done` after it
-  uint32_t near;     // tensors, from the first one on, whose payload is in the spill region, behind each other from `spilled` on
-  uint32_t corner;   // bytes before `spilled` that were skipped: the end of the region, which no range crosses
-  uint64_t spilled;
   // Of watched steps.
   uint32_t claimed, watched;  // units of rows that were taken up; that were held against the conditions
   uint32_t lots, lots_at;     // in Fixed::lots; none where the group goes the levelled way
   uint64_t taken;             // bytes that the lots have, behind `base`
 };
-static_assert(sizeof(Meeting) == 88);
+static_assert(sizeof(Meeting) == 96);
 
 struct State;
 

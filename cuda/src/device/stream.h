@@ -45,14 +45,14 @@ DMI_HD DMI_APART uint32_t stream_rows(Block& block, State& s, Scratch& x, uint32
       place_at(r, x.place, x.target.offset, bytes);
       if (x.taken == 0) {  // a part of a row that nothing continues: the engine frees it and waits for the row itself
         r.size[0] = 1;
-        r.payload_bytes = x.target.capacity - x.target.offset % x.target.capacity;
+        r.payload_bytes = x.target.capacity - place_in(x.target.capacity, x.target.offset);
         r.tensor_bytes = part.row_bytes;
       }
       if (x.own[i] >= kRecordsPerSite) {
         --x.own[i];
         count(s.aside, ~uint64_t{0});
       }
-      publish_one(s, r);
+      publish_one(s, x.fixed, r);
       count(s.captures, 1);
       count(s.counters.captured_rows, x.taken);
       count(s.counters.captured_bytes, bytes);
@@ -71,12 +71,12 @@ DMI_HD inline void give_up(State& s, Scratch& x, uint32_t i, uint32_t first, uin
   if (x.own[i] != 0) {
     --x.own[i];
     count(s.aside, ~uint64_t{0});
-  } else if (!records_free(s, 1)) {
+  } else if (!records_free(s, x.fixed, 1)) {
     return;
   }
   dmi_record r = other_record(x.fixed, x.tensor[i], DMI_OUTCOME_DROPPED, DMI_REASON_TIMEOUT, first, rest);
   r.selection = x.plan[i].selection;
-  publish_one(s, r);
+  publish_one(s, x.fixed, r);
   count(s.captures, 1);
 }
 

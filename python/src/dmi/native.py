@@ -81,6 +81,8 @@ class _Gauges(ctypes.Structure):
     ]
 
 
+KEEPING = " keeping the GIL"
+
 _loading = threading.Lock()
 _library: ctypes.CDLL | None = None
 
@@ -131,9 +133,13 @@ def _load() -> ctypes.CDLL:
     ):
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
-    # Shorter than it takes to give the GIL up, which another thread may then hold for milliseconds.
-    pack_rows = vars(library)["dmi_pack_rows"] = ctypes.PyDLL(str(LIBRARY)).dmi_pack_rows
+    keeping = ctypes.PyDLL(str(LIBRARY))  # keeps the GIL, which another thread would then have for milliseconds perhaps
+    pack_rows = vars(library)["dmi_pack_rows"] = keeping.dmi_pack_rows
     pack_rows.restype, pack_rows.argtypes = i32, [ctypes.c_void_p, u32]
+    for name in ("dmi_step_open", "dmi_step_close"):
+        kept, function = getattr(keeping, name), getattr(library, name)
+        kept.restype, kept.argtypes = function.restype, function.argtypes
+        vars(library)[name + KEEPING] = kept
 
     @torch.library.register_fake("dmi::capture")
     def _capture(ring: torch.Tensor, tensors: Sequence[torch.Tensor], sites: Sequence[int]) -> None:
@@ -275,10 +281,14 @@ class Ring:
     closed by close(), or when it is no longer referenced; at exit its thread is stopped.
     """
 
-    def __init__(self, *, mode: str, **given: Any) -> None:
-        """`given`: as `ring_options` takes them."""
+    def __init__(self, *, mode: str, keep_gil: bool = False, **given: Any) -> None:
+        """`given`: as `ring_options` takes them. `keep_gil`: other threads of this process run Python all the time, so that giving the GIL up for the microseconds in which a step is
+        opened or closed may cost milliseconds; and nothing that the device waits for is done in Python, since opening may have to wait until a full launch queue moves on. Complete mode,
+        which may wait for the engine, gives it up all the same."""
         self._library = load()
         self.mode = mode
+        kind = KEEPING if keep_gil and mode == "best-effort" else ""
+        self._open, self._close = getattr(self._library, "dmi_step_open" + kind), getattr(self._library, "dmi_step_close" + kind)
         options, self.device = ring_options(mode=mode, **given)
         self.lanes = int(options.lanes)
         self._index = None if self.device.type == "cpu" else self.device.index
@@ -357,7 +367,7 @@ class Ring:
             if rest:
                 raise ValueError(f"open step {step}: {len(at)} bytes are no whole number of spans of {_SPAN.size}")
         flags = _abi.TABLE_PACKED if packed else 0
-        status = self._library.dmi_step_open(
+        status = self._open(
             self._handle, step, at, count, (ctypes.c_uint32 * _abi.SPACES)(*width), keys, flags, self._stream()
         )
         return status != _ERROR_CLOSED and _check(self._library, status) == 1
@@ -374,7 +384,7 @@ class Ring:
     def close_step(self, step: int, *, aborted: bool = False) -> None:
         """Close the step; no-op where the calling thread has it open no more. Raises CaptureError in complete mode when a capture of
         it gave up at the bound, unless `aborted`: then an exception is under way already."""
-        status = self._library.dmi_step_close(self._handle, step, aborted, self._stream())
+        status = self._close(self._handle, step, aborted, self._stream())
         if status < 0 and status != _ERROR_CLOSED:
             _check(self._library, status)
 

@@ -294,9 +294,10 @@ class Session:
         self.skipped = [str(refusal) for refusal in plan.skipped]
         self._absent_s = ring["wait_bound_s"] if "wait_bound_s" in ring else self._absent_s
         ring = {"site_capacity": max(4096, len(plan.sites)), **ring}
+        keep_gil = ring.pop("keep_gil", False)
         ring = self._fitted(ring, token, find, starts)
         self.memory_mib = {"ring": float(ring.get("payload_mib", native.USUAL_MIB)), "staging": float(ring.get("staging_mib", native.USUAL_MIB))}
-        self._ring = native.Ring(mode=self.mode, **ring)
+        self._ring = native.Ring(mode=self.mode, keep_gil=keep_gil, **ring)
         try:
             numbers = [
                 self._ring.add_site(site.name, layer=site.layer, space=site.space, roles=site.roles, row_axis=site.row_axis, fill=site.fill, flags=site.flags)

@@ -132,6 +132,7 @@ def observe(runner: Any, settings: Settings) -> tuple[Session, Observer]:
 
     ring = {
         "device": device,
+        "keep_gil": True,  # scheduler and outputs are Python, in threads of the same process
         "payload_mib": settings.ring_mib,
         "usual_mib": usual_ring_mib(chosen, tokens, runner.vllm_config.scheduler_config.max_num_seqs, device),
         "staging_mib": settings.staging_mib,
