@@ -4,11 +4,11 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"hash/crc32"
 	"io/fs"
 	"path"
 	"slices"
 
+	"dmi/internal/crc32c"
 	"dmi/store/segment"
 )
 
@@ -147,7 +147,7 @@ func wholeFrames(file []byte, each func(frame []byte) error) (lost int, err erro
 		b := file[at:]
 		if len(b) >= frameHeader && little.Uint32(b[4:])-1 < uint32(frameKinds)-1 && little.Uint32(b[8:]) >= next && uint64(little.Uint32(b)) <= uint64(len(b)-frameHeader) {
 			frame := b[:frameHeader+int(little.Uint32(b))]
-			if crc32.Update(segment.Checksum(frame[:12]), castagnoli, frame[frameHeader:]) == little.Uint32(frame[12:]) {
+			if crc32c.Update(crc32c.Checksum(frame[:12]), frame[frameHeader:]) == little.Uint32(frame[12:]) {
 				next = little.Uint32(frame[8:]) + 1
 				at += len(frame)
 				if err := each(frame); err != nil {

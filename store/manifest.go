@@ -5,7 +5,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"hash/crc32"
 	"io"
 	"path"
 	"slices"
@@ -13,6 +12,7 @@ import (
 	"strings"
 	"sync/atomic"
 
+	"dmi/internal/crc32c"
 	"dmi/internal/vfs"
 	"dmi/store/segment"
 )
@@ -44,8 +44,6 @@ func manifestName(dir string, number uint64) string {
 	return path.Join(dir, fmt.Sprintf("%08d.log", number))
 }
 
-var castagnoli = crc32.MakeTable(crc32.Castagnoli)
-
 // manifest appends frames. Its user serialises.
 type manifest struct {
 	fs     vfs.FS
@@ -73,7 +71,7 @@ func (m *manifest) begin(number uint64) error {
 	binary.LittleEndian.PutUint16(b[8:], manifestVersion)
 	binary.LittleEndian.PutUint64(b[16:], number)
 	copy(b[24:56], m.store)
-	binary.LittleEndian.PutUint32(b[60:], segment.Checksum(b[:60]))
+	binary.LittleEndian.PutUint32(b[60:], crc32c.Checksum(b[:60]))
 	_, err = f.WriteAt(b[:], 0)
 	if err == nil {
 		err = f.Sync()
@@ -213,7 +211,7 @@ func readManifest(fs vfs.FS, dir, store string, number uint64, from int64, each 
 func checkManifestHeader(b []byte, store string, number uint64) error {
 	little := binary.LittleEndian
 	switch {
-	case len(b) < manifestHeader || string(b[:8]) != manifestMagic || little.Uint32(b[60:]) != segment.Checksum(b[:60]):
+	case len(b) < manifestHeader || string(b[:8]) != manifestMagic || little.Uint32(b[60:]) != crc32c.Checksum(b[:60]):
 		return fmt.Errorf("manifest's header is damaged: %w", errTorn)
 	case little.Uint16(b[8:]) > manifestVersion:
 		return fmt.Errorf("manifest format %d, this one reads up to %d: %w", little.Uint16(b[8:]), manifestVersion, segment.ErrVersion)
@@ -244,7 +242,7 @@ func readFrame(in io.Reader, number int64) (frameKind, []byte, uint32, error) {
 	if err != nil {
 		return 0, nil, 0, err
 	}
-	if len(payload) < int(n) || crc32.Update(segment.Checksum(h[:12]), castagnoli, payload) != little.Uint32(h[12:]) {
+	if len(payload) < int(n) || crc32c.Update(crc32c.Checksum(h[:12]), payload) != little.Uint32(h[12:]) {
 		return 0, nil, 0, fmt.Errorf("a frame is cut short or damaged: %w", errTorn)
 	}
 	if got := little.Uint32(h[8:]); number >= 0 && int64(got) != number {

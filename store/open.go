@@ -15,6 +15,7 @@ import (
 	"sync"
 	"time"
 
+	"dmi/internal/crc32c"
 	"dmi/internal/vfs"
 	"dmi/store/segment"
 	"dmi/tensor"
@@ -35,7 +36,7 @@ func (i identity) text() []byte {
 	if err != nil {
 		panic(err)
 	}
-	i.CRC = fmt.Sprintf("%08x", segment.Checksum(b))
+	i.CRC = fmt.Sprintf("%08x", crc32c.Checksum(b))
 	b, _ = json.MarshalIndent(i, "", "  ")
 	return append(b, '\n')
 }

@@ -6,12 +6,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"hash/crc32"
 	"io/fs"
 	"path"
 
+	"dmi/internal/crc32c"
 	"dmi/internal/vfs"
-	"dmi/store/segment"
 	"dmi/tensor"
 )
 
@@ -275,7 +274,7 @@ func putFrameHeader(h []byte, kind frameKind, number uint32, payload []byte) {
 	little.PutUint32(h, uint32(len(payload)))
 	little.PutUint32(h[4:], uint32(kind))
 	little.PutUint32(h[8:], number)
-	little.PutUint32(h[12:], crc32.Update(segment.Checksum(h[:12]), castagnoli, payload))
+	little.PutUint32(h[12:], crc32c.Update(crc32c.Checksum(h[:12]), payload))
 }
 
 // frameCopy writes a file from front to back, a megabyte at a time.

@@ -12,7 +12,6 @@ import (
 	"context"
 	"flag"
 	"fmt"
-	"hash/crc32"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -26,6 +25,7 @@ import (
 	"dmi/bench/result"
 	"dmi/control"
 	"dmi/drain"
+	"dmi/internal/crc32c"
 	"dmi/internal/ringtape"
 	"dmi/pipeline"
 	"dmi/ring"
@@ -175,12 +175,13 @@ type checksums struct {
 	sum  atomic.Uint32
 }
 
-var castagnoli = crc32.MakeTable(crc32.Castagnoli)
-
 func (c *checksums) AppendChunks(chunks []tensor.Chunk) (int, error) {
 	var sum, rows uint32
 	for i := range chunks {
-		sum += crc32.Checksum(chunks[i].Data, castagnoli)
+		if i+1 < len(chunks) {
+			crc32c.Expect(chunks[i+1].Data)
+		}
+		sum += crc32c.Checksum(chunks[i].Data)
 		rows += chunks[i].Rows
 	}
 	c.sum.Add(sum)

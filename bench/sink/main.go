@@ -16,7 +16,6 @@ import (
 	"errors"
 	"flag"
 	"fmt"
-	"hash/crc32"
 	"io"
 	"math"
 	"net"
@@ -33,6 +32,7 @@ import (
 	"time"
 
 	"dmi/control"
+	"dmi/internal/crc32c"
 	"dmi/ring"
 	"dmi/serve"
 	"dmi/store"
@@ -66,8 +66,6 @@ type sink struct {
 	crc         atomic.Uint32 // sum of the chunks' CRC32Cs: their order does not matter
 }
 
-var castagnoli = crc32.MakeTable(crc32.Castagnoli)
-
 // shareBytes is how much of one record several cores checksum together: logits of a large batch are most of a step's bytes, and of one site.
 const shareBytes = 8 << 20
 
@@ -92,7 +90,10 @@ func (s *sink) AppendChunks(chunks []tensor.Chunk) (int, error) {
 func (s *sink) checksum(chunks []tensor.Chunk) {
 	var crc, rows uint32
 	for i := range chunks {
-		crc += crc32.Checksum(chunks[i].Data, castagnoli)
+		if i+1 < len(chunks) {
+			crc32c.Expect(chunks[i+1].Data)
+		}
+		crc += crc32c.Checksum(chunks[i].Data)
 		rows += chunks[i].Rows
 	}
 	s.crc.Add(crc)

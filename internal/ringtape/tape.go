@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"hash/crc32"
 	"io"
 	"os"
 	"path/filepath"
@@ -14,6 +13,7 @@ import (
 	"time"
 
 	"dmi/control"
+	"dmi/internal/crc32c"
 	"dmi/ring"
 )
 
@@ -37,8 +37,6 @@ const (
 	frameRecord             // dmi_record | u32 bytes of the row table | row table | payload
 	frameEnd                // nothing: the tape is whole
 )
-
-var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
 // Recorder keeps tapes of sessions in a folder. It is a control.Recorder.
 type Recorder struct {
@@ -71,7 +69,7 @@ func (r *Recorder) Begin(session string, header, hello []byte) (control.Tape, er
 	binary.LittleEndian.PutUint32(head[8:], tapeVersion)
 	binary.LittleEndian.PutUint32(head[12:], uint32(len(header)))
 	head = append(head, header...)
-	head = binary.LittleEndian.AppendUint32(head, crc32.Checksum(head, castagnoli))
+	head = binary.LittleEndian.AppendUint32(head, crc32c.Checksum(head))
 	t.write(head)
 	clean, err := without(hello, "token")
 	if err == nil {
@@ -130,9 +128,9 @@ func (w *writer) frame(kind, lane byte, parts ...[]byte) {
 	}
 	head := binary.LittleEndian.AppendUint32(nil, uint32(n))
 	head = append(head, kind, lane, 0, 0)
-	sum := crc32.Checksum(head, castagnoli)
+	sum := crc32c.Checksum(head)
 	for _, p := range parts {
-		sum = crc32.Update(sum, castagnoli, p)
+		sum = crc32c.Update(sum, p)
 	}
 	w.write(head)
 	w.write(parts...)
@@ -196,7 +194,7 @@ func NewReader(in io.Reader) (*Reader, error) {
 		return nil, errors.New("ringtape: not a tape: it does not start with " + tapeMagic)
 	case little.Uint32(head[8:]) != tapeVersion:
 		return nil, fmt.Errorf("ringtape: a tape of version %d; this program plays version %d", little.Uint32(head[8:]), tapeVersion)
-	case err != nil || little.Uint32(head[12:]) != ring.HeaderSize || little.Uint32(head[tapeHead-4:]) != crc32.Checksum(head[:tapeHead-4], castagnoli):
+	case err != nil || little.Uint32(head[12:]) != ring.HeaderSize || little.Uint32(head[tapeHead-4:]) != crc32c.Checksum(head[:tapeHead-4]):
 		return nil, errors.New("ringtape: the tape's head is damaged")
 	}
 	r.Header.Decode(head[16:])
@@ -222,7 +220,7 @@ func (r *Reader) Next() (*Frame, error) {
 	if err != nil || len(body) != int(n)+4 {
 		return bad("it is cut short")
 	}
-	sum := crc32.Update(crc32.Checksum(head[:], castagnoli), castagnoli, body[:n])
+	sum := crc32c.Update(crc32c.Checksum(head[:]), body[:n])
 	if binary.LittleEndian.Uint32(body[n:]) != sum {
 		return bad("its checksum is wrong")
 	}

@@ -4,19 +4,12 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"hash/crc32"
 	"math"
 
+	"dmi/internal/crc32c"
 	"dmi/internal/vfs"
 	"dmi/tensor"
 )
-
-var castagnoli = crc32.MakeTable(crc32.Castagnoli)
-
-// Checksum is the CRC32C of a chunk's bytes.
-func Checksum(data []byte) uint32 { return crc32.Checksum(data, castagnoli) }
-
-func update(crc uint32, data []byte) uint32 { return crc32.Update(crc, castagnoli, data) }
 
 const (
 	trailerBytes = 64
@@ -191,7 +184,7 @@ func (t trailer) put(b []byte) {
 	little.PutUint64(b[32:], uint64(t.start))
 	little.PutUint64(b[40:], uint64(t.block))
 	little.PutUint32(b[56:], t.crc)
-	little.PutUint32(b[60:], Checksum(b[:60]))
+	little.PutUint32(b[60:], crc32c.Checksum(b[:60]))
 }
 
 var (
@@ -202,7 +195,7 @@ var (
 
 func parseTrailer(b []byte) (trailer, error) {
 	little := binary.LittleEndian
-	if len(b) != trailerBytes || string(b[:8]) != blockMagic || little.Uint32(b[60:]) != Checksum(b[:60]) {
+	if len(b) != trailerBytes || string(b[:8]) != blockMagic || little.Uint32(b[60:]) != crc32c.Checksum(b[:60]) {
 		return trailer{}, errNoTrailer
 	}
 	if v := little.Uint16(b[8:]); v != Version {
@@ -228,7 +221,7 @@ func parseBlock(b []byte, t trailer) (*items, error) {
 		return nil, fmt.Errorf("index block of %d bytes, where its items make %d", len(b), blockBytes(t.block, int(t.items)))
 	}
 	body := b[:len(b)-trailerBytes]
-	if Checksum(body) != t.crc {
+	if crc32c.Checksum(body) != t.crc {
 		return nil, errors.New("index block's checksum is wrong")
 	}
 	decoded, err := decodeItems(body[:t.items], t.start)
@@ -253,7 +246,7 @@ func appendGroup(b []byte, id string, chunks []*Chunk) []byte {
 	}
 	body := b[at+groupHeader:]
 	binary.LittleEndian.PutUint32(b[at+4:], uint32(len(body)))
-	binary.LittleEndian.PutUint32(b[at+8:], Checksum(body))
+	binary.LittleEndian.PutUint32(b[at+8:], crc32c.Checksum(body))
 	return b
 }
 
@@ -276,7 +269,7 @@ func parseGroup(b []byte) (key tensor.RequestKey, id string, chunks []Chunk, err
 		return key, "", nil, errors.New("segment: no directory group here")
 	}
 	body := b[groupHeader:]
-	if Checksum(body) != binary.LittleEndian.Uint32(b[8:]) {
+	if crc32c.Checksum(body) != binary.LittleEndian.Uint32(b[8:]) {
 		return key, "", nil, errors.New("segment: directory group's checksum is wrong")
 	}
 	decoded, err := decodeItems(body, 0)

@@ -6,6 +6,7 @@ import (
 	"io"
 	"slices"
 
+	"dmi/internal/crc32c"
 	"dmi/internal/vfs"
 	"dmi/tensor"
 )
@@ -171,7 +172,7 @@ func Read(f vfs.File, c *Chunk, buf []byte) ([]byte, error) {
 		}
 		return buf, fmt.Errorf("segment: read %d bytes at %d: %w", c.Length, c.Offset, err)
 	}
-	if Checksum(buf) != c.CRC {
+	if crc32c.Checksum(buf) != c.CRC {
 		return buf, fmt.Errorf("segment: chunk of %d bytes at %d: %w", c.Length, c.Offset, ErrChecksum)
 	}
 	return buf, nil

@@ -11,6 +11,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"dmi/internal/crc32c"
 	"dmi/internal/vfs"
 	"dmi/tensor"
 )
@@ -233,7 +234,7 @@ func (w *Writer) append(c Chunk, failed *uint32, request, site string, pieces []
 		c.Length += int64(len(p))
 		for len(p) > 0 { // in blocks that stay in the cache from the sum to the copy
 			n := min(len(p), 32<<10)
-			c.CRC = update(c.CRC, p[:n])
+			c.CRC = crc32c.Update(c.CRC, p[:n])
 			w.put(p[:n])
 			p = p[n:]
 		}
@@ -297,7 +298,7 @@ func (w *Writer) EndBatch(written func(chunks []Chunk, end int64, err error)) er
 	b := make([]byte, size)
 	copy(b, w.items)
 	t := trailer{items: uint32(len(w.items)), nonce: w.id.Nonce, batch: w.batch, start: w.start, block: block}
-	t.crc = Checksum(b[:size-trailerBytes])
+	t.crc = crc32c.Checksum(b[:size-trailerBytes])
 	t.put(b[size-trailerBytes:])
 	w.put(b)
 	w.header.addIndex(w.batch, block-w.limits.Header, int64(size))
