@@ -223,12 +223,19 @@ int32_t dmi_step_close(int64_t ring, uint64_t step, int32_t aborted, void* strea
 
 void dmi_share_copies(dmi_share share) { dmi::share_copies(share); }
 
-void dmi_capture(int64_t ring, const dmi_tensor* tensors, uint32_t count, void* stream) {
+void dmi_capture(int64_t ring, const dmi_tensor* tensors, uint32_t count, int32_t beside, void* stream) {
   dmi::Use use(ring);
-  if (!use || use->record(tensors, count, stream)) return;
+  if (!use || use->record(tensors, count, beside != 0, stream) || count == 0) return;
   Place* place = dmi::places.find(ring);
   if (place == nullptr || place->lane == nullptr) return use->count_outside(count);
   use->capture(*place->lane, tensors, count, stream);
+}
+
+int32_t dmi_ring_branch(int64_t ring, int32_t may, void* stream) {
+  return dmi::with_ring("let a recording branch", ring, [&](Ring& r) -> int32_t {
+    r.branch(may != 0, stream);
+    return DMI_OK;
+  });
 }
 
 }  // extern "C"

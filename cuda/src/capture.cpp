@@ -337,7 +337,7 @@ void Ring::capture(Lane& lane, const dmi_tensor* tensors, uint32_t count, void* 
   if (lane.step.gated) return;  // its OPEN has booked every row
   const uint64_t start = monotonic_ns();
   if (device_ != nullptr) {
-    device_->capture(tensors, count, sites_.data(), lane.step.sites, stream);
+    device_->capture(tensors, count, sites_.data(), lane.step.sites, false, stream);
     ++host_work_.op_calls;
     host_work_.op_ns += monotonic_ns() - start;
     return;

@@ -68,7 +68,11 @@ class Device {
   virtual void tell_gap(const Gap& gap) = 0;
   // Whether the stream is recording a graph: its captures run later, in steps that are not open yet.
   virtual bool recording(void* stream) const = 0;
-  virtual void capture(const dmi_tensor* tensors, uint32_t count, const dmi_site* sites, uint32_t site_count, void* stream) = 0;
+  // `beside`: the tensors stay as they are up to the next capture, so that a recording which may branch has this one on a branch.
+  virtual void capture(const dmi_tensor* tensors, uint32_t count, const dmi_site* sites, uint32_t site_count, bool beside,
+                       void* stream) = 0;
+  // Whether what a stream records may branch; before its recording ends it may no more.
+  virtual void branch(bool may, void* stream) = 0;
 
   // ---- of the pump's thread
   // Begins to copy payload to staging; false after an error that the device cannot recover from.

@@ -121,10 +121,14 @@ void Ring::settle(uint64_t bound_ns) {
                                      std::to_string(bound_ns / 1'000'000) + " ms; is it still computing?");
 }
 
-bool Ring::record(const dmi_tensor* tensors, uint32_t count, void* stream) {
+bool Ring::record(const dmi_tensor* tensors, uint32_t count, bool beside, void* stream) {
   if (device_ == nullptr || !device_->recording(stream)) return false;
-  device_->capture(tensors, count, sites_.data(), site_count_.load(std::memory_order_acquire), stream);
+  device_->capture(tensors, count, sites_.data(), site_count_.load(std::memory_order_acquire), beside, stream);
   return true;
+}
+
+void Ring::branch(bool may, void* stream) {
+  if (device_ != nullptr) device_->branch(may, stream);
 }
 
 Gap Ring::take_gap() {

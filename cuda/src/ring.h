@@ -67,7 +67,9 @@ class Ring {
   // ---- captures (capture.cpp; with a device, device_step.cpp)
   void capture(Lane& lane, const dmi_tensor* tensors, uint32_t count, void* stream);
   // Part of the graph that the stream records, if it records one: then a step need not be open.
-  bool record(const dmi_tensor* tensors, uint32_t count, void* stream);
+  bool record(const dmi_tensor* tensors, uint32_t count, bool beside, void* stream);
+  // Whether what a stream records may branch.
+  void branch(bool may, void* stream);
   void count_outside(uint32_t tensors) { outside_.fetch_add(tensors, std::memory_order_relaxed); }
 
   // ---- the end

@@ -57,18 +57,42 @@ struct Device {
   uint32_t* source(uint32_t site) const { return memory + size_t{kLargest} * site; }
 };
 
-// What a graph is made of, and an eager step runs: fill, capture in groups, poison.
-void forward(int64_t ring, const Device& device, const std::vector<uint32_t>& sites, const std::vector<Shape>& shapes, uint32_t split,
-             cudaStream_t stream) {
+std::vector<dmi_tensor> filled(const Device& device, const std::vector<uint32_t>& sites, const std::vector<Shape>& shapes,
+                               cudaStream_t stream) {
   std::vector<dmi_tensor> group;
   for (uint32_t i = 0; i < sites.size(); ++i) {
     const Shape& s = shapes[i];
     fill<<<4, 128, 0, stream>>>(device.source(sites[i]), s, device.step, sites[i]);
     group.push_back({device.source(sites[i]), s.size, s.stride, sites[i], DMI_DTYPE_U32, 3, 0});
   }
-  dmi_capture(ring, group.data(), split, stream);
-  dmi_capture(ring, group.data() + split, uint32_t(sites.size()) - split, stream);
-  for (uint32_t site : sites) CUDA(cudaMemsetAsync(device.source(site), 0xd5, sizeof(uint32_t) * kLargest, stream));
+  return group;
+}
+
+void poison(const Device& device, uint32_t site, cudaStream_t stream) {
+  CUDA(cudaMemsetAsync(device.source(site), 0xd5, sizeof(uint32_t) * kLargest, stream));
+}
+
+// What a graph is made of, and an eager step runs: fill, capture in groups, poison.
+void forward(int64_t ring, const Device& device, const std::vector<uint32_t>& sites, const std::vector<Shape>& shapes, uint32_t split,
+             cudaStream_t stream) {
+  const std::vector<dmi_tensor> group = filled(device, sites, shapes, stream);
+  dmi_capture(ring, group.data(), split, 0, stream);
+  dmi_capture(ring, group.data() + split, uint32_t(sites.size()) - split, 0, stream);
+  for (uint32_t site : sites) poison(device, site, stream);
+}
+
+// What another graph is made of: groups on branches, each poisoned as soon as the next one is told of.
+void forward_beside(int64_t ring, const Device& device, const std::vector<uint32_t>& sites, const std::vector<Shape>& shapes, uint32_t each,
+                    cudaStream_t stream) {
+  const std::vector<dmi_tensor> group = filled(device, sites, shapes, stream);
+  CHECK_EQ(dmi_ring_branch(ring, 1, stream), DMI_OK);
+  for (uint32_t first = 0, before = 0; before < sites.size();) {
+    const uint32_t count = std::min(each, uint32_t(sites.size()) - first);
+    dmi_capture(ring, group.data() + first, count, 1, stream);  // in the end of no tensors
+    for (; before < first; ++before) poison(device, sites[before], stream);
+    first += count;
+  }
+  CHECK_EQ(dmi_ring_branch(ring, 0, stream), DMI_OK);
 }
 
 Shape random_shape(std::mt19937_64& random, uint32_t batch, uint32_t width, uint32_t most) {
@@ -124,12 +148,18 @@ void test_traffic(dmi_mode mode, uint64_t steps, uint32_t laziness_us) {
     for (uint32_t i = 0; i < kSites; ++i) all[i] = i;
     std::vector<Shape> shapes;
     for (uint32_t i = 0; i < kSites; ++i) shapes.push_back(random_shape(random, kBatch, kWidth, 4000));
-    cudaGraph_t graph;
-    cudaGraphExec_t replay;
-    CUDA(cudaStreamBeginCapture(device.stream[0], cudaStreamCaptureModeGlobal));
-    forward(ring, device, all, shapes, kSites, device.stream[0]);
-    CUDA(cudaStreamEndCapture(device.stream[0], &graph));
-    CUDA(cudaGraphInstantiate(&replay, graph, 0));
+    cudaGraph_t graphs[2];
+    cudaGraphExec_t replays[2];
+    for (int beside = 0; beside < 2; ++beside) {
+      CUDA(cudaStreamBeginCapture(device.stream[0], cudaStreamCaptureModeGlobal));
+      if (beside) {
+        forward_beside(ring, device, all, shapes, 1 + uint32_t(random() % kSites), device.stream[0]);
+      } else {
+        forward(ring, device, all, shapes, kSites, device.stream[0]);
+      }
+      CUDA(cudaStreamEndCapture(device.stream[0], &graphs[beside]));
+      CUDA(cudaGraphInstantiate(&replays[beside], graphs[beside], 0));
+    }
     for (uint64_t step = 0; step < steps; ++step) {
       const bool replayed = random() % 2;
       const uint32_t batch = replayed ? kBatch : 1 + uint32_t(random() % 4), width = replayed ? kWidth : 1 + uint32_t(random() % 12);
@@ -150,7 +180,7 @@ void test_traffic(dmi_mode mode, uint64_t steps, uint32_t laziness_us) {
       const int32_t opened = dmi_step_open(ring, step, spans.data(), uint32_t(spans.size()), widths, 0, 0, stream);
       CHECK_EQ(opened, 1);
       if (replayed) {
-        CUDA(cudaGraphLaunch(replay, stream));
+        CUDA(cudaGraphLaunch(replays[random() % 2], stream));
       } else {
         std::vector<Shape> now;
         for (uint32_t i = 0; i < kSites; ++i) now.push_back(random_shape(random, batch, width, random() % 20 == 0 ? kLargest : 4000));
@@ -164,8 +194,8 @@ void test_traffic(dmi_mode mode, uint64_t steps, uint32_t laziness_us) {
     engine.stop();
     CHECK(!engine.mid_step());
     books = engine.books();
-    CUDA(cudaGraphExecDestroy(replay));
-    CUDA(cudaGraphDestroy(graph));
+    for (cudaGraphExec_t replay : replays) CUDA(cudaGraphExecDestroy(replay));
+    for (cudaGraph_t graph : graphs) CUDA(cudaGraphDestroy(graph));
   }
   uint64_t outcomes = books.captured + books.gap_rows;
   for (uint64_t rows : books.other) outcomes += rows;
@@ -226,7 +256,7 @@ void soak(dmi_mode mode, uint64_t records) {
   CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
   std::vector<dmi_tensor> group;
   for (uint32_t i = 0; i < kTensors; ++i) group.push_back({source + size_t{i} * kRows * kWidth, size, stride, i, DMI_DTYPE_U32, 2, 0});
-  dmi_capture(ring, group.data(), kTensors, stream);
+  dmi_capture(ring, group.data(), kTensors, 0, stream);
   CUDA(cudaStreamEndCapture(stream, &graph));
   CUDA(cudaGraphInstantiate(&replay, graph, 0));
   const uint64_t steps = (records + kTensors - 1) / kTensors;

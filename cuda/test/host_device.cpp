@@ -89,7 +89,7 @@ class Host final : public Device {
   }
   void tell_gap(const Gap& gap) override { device::tell_gap(*state_, gap.first, gap.last, gap.steps, gap.rows); }
   bool recording(void*) const override { return false; }
-  void capture(const dmi_tensor* tensors, uint32_t count, const dmi_site* sites, uint32_t site_count, void*) override {
+  void capture(const dmi_tensor* tensors, uint32_t count, const dmi_site* sites, uint32_t site_count, bool, void*) override {
     auto group = std::make_unique<Group>();
     group->state = state_.get();
     group->meeting = &meeting_;
@@ -100,6 +100,7 @@ class Host final : public Device {
       launch(1 + uint32_t(random_() % 3), [&](HostBlock& block) { device::capture(block, *group, block.shared.scratch); });
     }
   }
+  void branch(bool, void*) override {}
   bool begin_copy(std::byte* staging, uint64_t payload, uint64_t bytes) override {
     const uint64_t at = payload % payload_.size(), before = std::min<uint64_t>(bytes, payload_.size() - at);
     std::memcpy(staging, payload_.data() + at, before);

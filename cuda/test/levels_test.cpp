@@ -191,7 +191,7 @@ class World {
     for (uint32_t i = 0; i < sites_.size(); ++i) {
       group.push_back({at_[i], size_[i].data(), stride_[i].data(), i, uint8_t(sites_[i].dtype), 4, device_});
       if (i + 1 != sites_.size() && group_[i + 1] == group_[i]) continue;
-      dmi_capture(ring_, group.data(), uint32_t(group.size()), stream);
+      dmi_capture(ring_, group.data(), uint32_t(group.size()), 0, stream);
       group.clear();
     }
   }

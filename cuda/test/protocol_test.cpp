@@ -91,7 +91,7 @@ struct Source {
 void capture(int64_t ring, uint64_t step, uint32_t site, const Batch& batch, uint32_t inner) {
   const Source source(step, site, batch, inner);
   const dmi_tensor tensor = source.tensor(site);
-  dmi_capture(ring, &tensor, 1, nullptr);
+  dmi_capture(ring, &tensor, 1, 0, nullptr);
 }
 
 struct Totals {
@@ -157,8 +157,8 @@ void test_traffic(dmi_mode mode, uint32_t laziness_us) {
             }
             for (uint32_t site = 0; site < kSites; ++site) group.push_back(sources[site].tensor(site));
             const uint32_t split = uint32_t(random() % (kSites + 1));
-            dmi_capture(ring, group.data(), split, nullptr);
-            dmi_capture(ring, group.data() + split, kSites - split, nullptr);
+            dmi_capture(ring, group.data(), split, 0, nullptr);
+            dmi_capture(ring, group.data() + split, kSites - split, 0, nullptr);
             for (Source& source : sources) std::fill(source.data.begin(), source.data.end(), 0xdeadbeef);
           }
           CHECK_EQ(dmi_step_close(ring, step, 0, nullptr), DMI_OK);

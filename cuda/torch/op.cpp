@@ -1,6 +1,12 @@
 // dmi::capture, the torch op: unpacks its arguments and calls dmi_capture. Built on libtorch's stable ABI, so that one
 // library serves every torch from 2.11 on; it takes neither the GIL nor memory of torch's.
 //
+// Of its tensors the last `held` have no site: they are those of the call before, where that was `beside`, and stand here so that nothing
+// takes their memory until then. A recording that may branch captures beside what follows, up to the next call.
+//
+// Where a site is above 32 bits, what is there says as what dtype a tensor's bits are to be read: Inductor gives the op no other dtype's
+// view of a tensor that it has made, but makes another.
+//
 // dmi::copy is a clone of a tensor that waits for its capture, while others write where it was. Compilers let it stand where it is, as
 // they do captures: `ring` is mutated.
 //
@@ -14,6 +20,7 @@
 #include <utility>
 #include <vector>
 
+#include "../src/layout.h"
 #include "dmi/dmi.h"
 
 namespace {
@@ -105,6 +112,8 @@ dmi_tensor describe(const TensorArgument& tensor, int64_t site) {
   static const int32_t cpu = aoti_torch_device_type_cpu(), cuda = aoti_torch_device_type_cuda();
   static const int32_t strided = aoti_torch_layout_strided();
   dmi_tensor out{};
+  const uint64_t as = site >= 0 ? uint64_t(site) >> 32 : 0;
+  site -= int64_t(as << 32);
   out.site = site >= 0 && site < DMI_MAX_SITES ? uint32_t(site) : UINT32_MAX;
   int32_t device = 0, layout = 0, dtype = 0;
   int64_t ndim = 0;
@@ -123,6 +132,7 @@ dmi_tensor describe(const TensorArgument& tensor, int64_t site) {
   out.size = size;
   out.stride = stride;
   out.dtype = dtypes[dtype];
+  if (as != 0) out.dtype = as < UINT8_MAX && dmi::dtype_bytes(uint32_t(as)) == dmi::dtype_bytes(out.dtype) ? uint8_t(as) : uint8_t{DMI_DTYPE_NONE};
   out.ndim = uint8_t(ndim <= UINT8_MAX ? ndim : UINT8_MAX);
   return out;
 }
@@ -164,11 +174,14 @@ void share(int64_t begin, int64_t end, int64_t grain, void (*work)(int64_t, int6
 }();
 
 void capture(StableIValue* stack, uint64_t arguments, uint64_t) {
-  STD_TORCH_CHECK(arguments == 3, "dmi::capture: takes ring, tensors and sites");
+  STD_TORCH_CHECK(arguments == 5, "dmi::capture: takes ring, tensors, sites, held and beside");
   const TensorArgument ring(stack[0]);
   const ListArgument tensors(stack[1]), sites(stack[2]);
-  const size_t count = tensors.size();
-  STD_TORCH_CHECK(count == sites.size(), "dmi::capture: ", count, " tensors, but ", sites.size(), " sites");
+  const auto behind = torch::stable::detail::to<int64_t>(stack[3]);
+  const bool beside = torch::stable::detail::to<bool>(stack[4]);
+  const size_t count = sites.size();
+  STD_TORCH_CHECK(behind >= 0 && count + size_t(behind) == tensors.size(), "dmi::capture: ", tensors.size(), " tensors, but ", count,
+                  " sites and ", behind, " that are held");
   const Target target = target_of(ring);
 
   // What a group needs to be described keeps its memory from call to call, so that a steady state allocates nothing of ours.
@@ -180,7 +193,7 @@ void capture(StableIValue* stack, uint64_t arguments, uint64_t) {
     held.emplace_back(tensors[i]);
     group.push_back(describe(held.back(), torch::stable::detail::to<int64_t>(sites[i])));
   }
-  dmi_capture(target.ring, group.data(), uint32_t(count), target.stream);
+  dmi_capture(target.ring, group.data(), uint32_t(count), beside ? 1 : 0, target.stream);
   held.clear();
 }
 
@@ -194,8 +207,8 @@ void copy(StableIValue* stack, uint64_t arguments, uint64_t) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY(dmi, library) {
-  library.def("capture(Tensor(a!) ring, Tensor[] tensors, SymInt[] sites) -> ()");
+// capture is defined in native.py, where it can have a tag.
+STABLE_TORCH_LIBRARY_FRAGMENT(dmi, library) {
   library.def("copy(Tensor(a!) ring, Tensor tensor) -> Tensor");
 }
 

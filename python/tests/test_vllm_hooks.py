@@ -3,6 +3,7 @@ clone has, eagerly and compiled, in as many calls of the op as the arrangement s
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -281,11 +282,45 @@ def test_groups_end_at_their_bounds(monkeypatch: pytest.MonkeyPatch, compiled: b
             if place.begins:
                 groups.append([])
             groups[-1] += [observed.plan.sites[index].bytes_per_token or 0 for index, _, how in place.taps if how != placed.AT_ONCE]
-        assert len(groups) > 3 and all(len(group) <= tensors and sum(group) <= size for group in groups), groups
+        assert len(groups) > 3 and all(len(group) <= tensors for group in groups)
+        assert all(sum(one) + sum(next_one) <= size for one, next_one in itertools.pairwise(groups)), groups  # one waits while one is held
         assert observed.arrangement.calls == len(groups) + 1
         if compiled:
             observed.compile()
         observed.check(words(9))
+        observed.close()
+
+
+@pytest.mark.parametrize("how", ["eager", "compiled", "compiled, in place"])
+def test_what_is_held_is_what_it_was(how: str) -> None:
+    """A group's tensors, all of them, up to the next call of the op for a group: a capture on a branch may read them until then."""
+    in_place = how.endswith("in place")
+    observed = Observed(EVERYTHING, careful=in_place, most=200 * TOKENS_AT_MOST)
+    kept: list[tuple[Tensor, Tensor]] = []
+    seen: list[int] = []
+
+    def capture(ring: Tensor, tensors: list[Tensor], sites: list[int], held: int = 0, beside: bool = False) -> None:
+        assert len(tensors) == len(sites) + held
+        if not beside and held == 0:  # a user's point, or logits
+            return
+        assert held == len(kept)
+        for tensor, (was, copy) in zip(tensors[len(sites) :], kept, strict=True):
+            assert tensor.data_ptr() == was.data_ptr()
+            torch.testing.assert_close(tensor, copy, rtol=0, atol=0, equal_nan=True)
+        seen.append(held)
+        kept[:] = [(tensor.detach(), tensor.clone()) for tensor in tensors[: len(sites)]] if beside else []
+
+    library = torch.library.Library("dmi", "IMPL")
+    library.impl("capture", capture, "CPU")
+    try:
+        if how != "eager":
+            observed.compile(in_place)
+        for count in (5, 1, 17):
+            seen.clear()
+            observed.run(words(count))
+            assert not kept and len(seen) == observed.arrangement.calls - 2 - 1 and len(seen) > 3 and all(seen[1:]), seen
+    finally:
+        library._destroy()
         observed.close()
 
 

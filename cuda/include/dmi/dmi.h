@@ -168,8 +168,13 @@ typedef void (*dmi_share)(int64_t begin, int64_t end, int64_t grain, void (*work
 DMI_API void dmi_share_copies(dmi_share share);
 
 /* Captures a group. When it returns, every tensor may be changed; with a device, by what follows on `stream`. While the stream records
- * a graph the capture becomes part of it, and runs in whichever step is open when the graph is replayed. */
-DMI_API void dmi_capture(int64_t ring, const struct dmi_tensor* tensors, uint32_t count, void* stream);
+ * a graph the capture becomes part of it, and runs in whichever step is open when the graph is replayed. `beside`: nothing changes the
+ * tensors before the next call for this ring, which may be one of no tensors; a recording that may branch captures them on a branch. */
+DMI_API void dmi_capture(int64_t ring, const struct dmi_tensor* tensors, uint32_t count, int32_t beside, void* stream);
+
+/* Whether what `stream` records from here on may have branches. Whoever allows it takes it back before the recording ends, which joins
+ * what is still apart: a recording cannot end with a branch. Does nothing without a device. */
+DMI_API int32_t dmi_ring_branch(int64_t ring, int32_t may, void* stream);
 
 #ifdef __cplusplus
 }

@@ -182,7 +182,8 @@ class Cuda final : public Device {
   void close(const DeviceClose& step, void* stream, bool same_stream) override;
   void tell_gap(const Gap& gap) override;
   bool recording(void* stream) const override;
-  void capture(const dmi_tensor* tensors, uint32_t count, const dmi_site* sites, uint32_t site_count, void* stream) override;
+  void capture(const dmi_tensor* tensors, uint32_t count, const dmi_site* sites, uint32_t site_count, bool beside, void* stream) override;
+  void branch(bool may, void* stream) override;
   bool begin_copy(std::byte* staging, uint64_t payload, uint64_t bytes) override;
   uint64_t copies_complete() override;
   bool failed() const override { return failed_; }
@@ -207,6 +208,7 @@ class Cuda final : public Device {
   }
   Meeting* meeting(bool keep);
   void follow(cudaStream_t stream);
+  void come_back(cudaStream_t stream);
   void let_catch_up() const;
   void release();
 
@@ -233,6 +235,10 @@ class Cuda final : public Device {
   cudaStream_t last_stream_ = nullptr;
   cudaEvent_t last_done_ = nullptr;
   bool any_step_ = false;
+  // Of a recording that may branch: its stream, the branch's, and what orders them.
+  bool may_branch_ = false, away_ = false;  // away_: a branch has not come back
+  cudaStream_t trunk_ = nullptr, branch_ = nullptr;
+  cudaEvent_t left_ = nullptr, back_ = nullptr;
   std::atomic<uint64_t> opened_{0};  // steps whose open and close are, or will be, launched
   std::atomic<uint64_t> closed_{0};  // those whose close is
 
@@ -315,7 +321,11 @@ Cuda::Cuda(const Mapping& mapping, int ordinal, uint64_t wait_bound_ns)
     if (how != cudaDriverEntryPointSuccess)
       throw Error(DMI_ERROR_SYSTEM, "create ring: the driver has no cuStreamWriteValue64; update it (CUDA 12 or later is needed)");
     write_value_ = reinterpret_cast<decltype(write_value_)>(found);
-    check(cudaEventCreateWithFlags(&last_done_, cudaEventDisableTiming), "create ring: make an event");
+    for (cudaEvent_t* event : {&last_done_, &left_, &back_})
+      check(cudaEventCreateWithFlags(event, cudaEventDisableTiming), "create ring: make an event");
+    int least = 0, most = 0;
+    check(cudaDeviceGetStreamPriorityRange(&least, &most), "create ring: ask for the priorities of streams");
+    check(cudaStreamCreateWithPriority(&branch_, cudaStreamNonBlocking, least), "create ring: make a stream");
     check(cudaDeviceSynchronize(), "create ring");
     // Kernels are loaded at their first launch, which must not be one that a recording or a step waits for.
     int processors = 0;
@@ -342,7 +352,10 @@ void Cuda::release() {
     cudaStreamSynchronize(copies_);
     cudaStreamDestroy(copies_);
   }
-  if (last_done_ != nullptr) cudaEventDestroy(last_done_);
+  if (branch_ != nullptr) cudaStreamDestroy(branch_);
+  for (cudaEvent_t event : {last_done_, left_, back_}) {
+    if (event != nullptr) cudaEventDestroy(event);
+  }
   if (slots_ != nullptr) cudaFreeHost(slots_);
   if (payload_ != nullptr) cudaFree(payload_);
   if (registered_) cudaHostUnregister(mapping_.base());
@@ -432,10 +445,38 @@ bool Cuda::recording(void* stream) const {
   return cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status) == cudaSuccess && status == cudaStreamCaptureStatusActive;
 }
 
-void Cuda::capture(const dmi_tensor* tensors, uint32_t count, const dmi_site* sites, uint32_t site_count, void* on) {
+void Cuda::branch(bool may, void* on) {
+  std::lock_guard lock(mutex_);
+  const auto stream = static_cast<cudaStream_t>(on);
+  if (!may && stream == trunk_ && recording(on)) {
+    Scope scope(ordinal_);
+    come_back(stream);
+  }
+  away_ = false;  // of a recording that was given up
+  may_branch_ = may;
+  trunk_ = may ? stream : nullptr;
+}
+
+// What follows on the recording's stream waits for the branch.
+void Cuda::come_back(cudaStream_t stream) {
+  if (!away_) return;
+  away_ = false;
+  check(cudaStreamWaitEvent(stream, back_, 0), "capture: join a branch");
+}
+
+void Cuda::capture(const dmi_tensor* tensors, uint32_t count, const dmi_site* sites, uint32_t site_count, bool beside, void* on) {
   std::lock_guard lock(mutex_);
   const bool keep = recording(on);
   Scope scope(ordinal_);
+  auto stream = static_cast<cudaStream_t>(on);
+  const bool trunk = keep && may_branch_ && stream == trunk_;
+  if (trunk) come_back(stream);
+  const bool leaves = trunk && beside && count != 0;
+  if (leaves) {
+    check(cudaEventRecord(left_, stream), "capture: begin a branch");
+    check(cudaStreamWaitEvent(branch_, left_, 0), "capture: begin a branch");
+    stream = branch_;
+  }
   Group group;
   group.state = state_;
   for (uint32_t done = 0; done < count; done += group.count) {
@@ -443,9 +484,12 @@ void Cuda::capture(const dmi_tensor* tensors, uint32_t count, const dmi_site* si
     group.meeting = meeting(keep);
     const uint64_t bytes = describe_group(group, tensors + done, ordinal_, sites, site_count);
     const auto blocks = uint32_t(std::clamp<uint64_t>((bytes >> group.unit_shift) + group.count, 1, blocks_));
-    capture_kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(on)>>>(group);
+    capture_kernel<<<blocks, kThreads, 0, stream>>>(group);
     check(cudaGetLastError(), "capture: launch");
   }
+  if (!leaves) return;
+  check(cudaEventRecord(back_, branch_), "capture: end a branch");
+  away_ = true;
 }
 
 bool Cuda::begin_copy(std::byte* staging, uint64_t payload, uint64_t bytes) {

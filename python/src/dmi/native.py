@@ -1,7 +1,7 @@
 """libdmi from Python: the capture op, and the ring that it writes.
 
 The op is ``torch.ops.dmi.capture(ring.tensor, tensors, sites)``: it copies a group of tensors, each to its site, into the step that the
-calling thread has open on that ring. Outside an open step, on a closed ring, and in a forked child it does nothing. ``torch.ops.dmi.copy(ring.tensor,
+calling thread has open on that ring. A site plus ``AS[dtype]``: the tensor's bits are of that dtype, whatever its own. Outside an open step, on a closed ring, and in a forked child it does nothing. ``torch.ops.dmi.copy(ring.tensor,
 tensor)`` is a clone that compilers leave where it is.
 """
 
@@ -83,6 +83,7 @@ class _Gauges(ctypes.Structure):
 
 KEEPING = " keeping the GIL"
 
+_definitions = torch.library.Library("dmi", "FRAGMENT")
 _loading = threading.Lock()
 _library: ctypes.CDLL | None = None
 
@@ -101,6 +102,8 @@ def _load() -> ctypes.CDLL:
         raise NativeError(
             f"load libdmi: {LIBRARY} does not exist; build it with `python cuda/build.py` in a checkout, or install a dmi wheel"
         )
+    # Of any strides: else Inductor gives the op clones of what it would lay out otherwise, another one in each call, so that what one call is given the next does not hold.
+    _definitions.define("capture(Tensor(a!) ring, Tensor[] tensors, SymInt[] sites, int held=0, bool beside=False) -> ()", tags=(torch.Tag.flexible_layout,))
     try:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
@@ -127,6 +130,7 @@ def _load() -> ctypes.CDLL:
         ("dmi_ring_settle", i32, [handle, u64]),
         ("dmi_ring_finish", i32, [handle, u64]),
         ("dmi_ring_close", i32, [handle]),
+        ("dmi_ring_branch", i32, [handle, i32, ctypes.c_void_p]),
         ("dmi_step_open", i32, [handle, u64, ctypes.c_void_p, u32, pointer(u32), u32, u32, ctypes.c_void_p]),
         ("dmi_step_next", i32, [ctypes.c_void_p, u64, u32, ctypes.c_void_p]),
         ("dmi_step_close", i32, [handle, u64, i32, ctypes.c_void_p]),
@@ -142,7 +146,7 @@ def _load() -> ctypes.CDLL:
         vars(library)[name + KEEPING] = kept
 
     @torch.library.register_fake("dmi::capture")
-    def _capture(ring: torch.Tensor, tensors: Sequence[torch.Tensor], sites: Sequence[int]) -> None:
+    def _capture(ring: torch.Tensor, tensors: Sequence[torch.Tensor], sites: Sequence[int], held: int = 0, beside: bool = False) -> None:
         return None
 
     @torch.library.register_fake("dmi::copy")
@@ -221,6 +225,15 @@ class _Token:
     def __init__(self, address: int) -> None:
         self.__cuda_array_interface__ = {"shape": (1,), "typestr": "<i8", "data": (address, False), "version": 3}
 
+
+AS = {
+    dtype: int(of) << 32
+    for dtype, of in (
+        (torch.float16, _abi.DType.F16), (torch.bfloat16, _abi.DType.BF16), (torch.float32, _abi.DType.F32), (torch.float64, _abi.DType.F64),
+        (torch.float8_e4m3fn, _abi.DType.F8_E4M3), (torch.float8_e5m2, _abi.DType.F8_E5M2),
+    )
+}  # fmt: skip
+"""What is added to a site for the op to read a tensor's bits as of another dtype."""
 
 USUAL_MIB = 256
 """Of a ring's payload, and of its staging."""
@@ -386,6 +399,13 @@ class Ring:
         it gave up at the bound, unless `aborted`: then an exception is under way already."""
         status = self._close(self._handle, step, aborted, self._stream())
         if status < 0 and status != _ERROR_CLOSED:
+            _check(self._library, status)
+
+    def branch(self, may: bool) -> None:
+        """Whether what the current stream records from here on may have branches, on which captures are that were said to be `beside`: where nothing but the recording of a whole forward ends
+        before it is taken back. No-op on the CPU, and on a closed ring."""
+        status = self._library.dmi_ring_branch(self._handle, may, self._stream())
+        if status != _ERROR_CLOSED:
             _check(self._library, status)
 
     def _stream(self) -> int | None:

@@ -4,6 +4,9 @@ A call of the op is a launch, which costs as much as copying megabytes: so tenso
 is decided when the hooks are placed, by what the plan and the scheduler's bounds say, and not by what flows: a traced size would become a guard, and all
 batch sizes run the same code. Nothing waits for longer than a forward of the backbone.
 
+A group's tensors are held until the next group is captured. So a CUDA graph of a whole forward has its captures on a branch beside what follows, where a launch's ten microseconds hold up
+nobody; the last group alone stands in the way. Graphs of pieces, which end anywhere, have no branches.
+
 What vLLM may write over is copied before it waits: a fused norm gives its results in the memory of what it was given, a rotary embedding turns queries and keys
 where they are. By `dmi::copy`, and not by a clone: Inductor drops clones and moves what it may to where that is used, and then vLLM's passes make operations in place without asking who
 reads later. Of norms they do so only where those quantise or reduce ("careful"): elsewhere sums, and what blocks add to the residual stream, are results that the compiler makes in the norm's own kernel. What users
@@ -14,7 +17,7 @@ are the sites' places in the plan. The digest in vLLM's cache key covers both.""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,16 +26,17 @@ from torch import Tensor, nn
 
 from dmi.hook import LAUNCH_TENSORS
 from dmi.instrument import Plan
+from dmi.native import AS
 from dmi.sites import LOGITS, SiteSpec, Tap
 from dmi.vllm.sites import RESIDUAL, last_norm, residual, taken
 
 WAITING_BYTES = 512 << 20
 """Of what waits, in a step of as many tokens as the scheduler gives. vLLM's profiling run, which is such a step, counts it."""
-WAITING_SHARE = 64
+WAITING_SHARE = 32
 """One part in so many of a GPU's memory may wait, if that is more."""
 
-RING, WAITING, STREAM, ZERO = "dmi_ring", "dmi_waiting", "dmi_stream", "dmi_zero"
-"""The third: the two that it is the sum of, and that. The last: a zero that no compiler knows to be one."""
+RING, WAITING, HELD, STREAM, ZERO = "dmi_ring", "dmi_waiting", "dmi_held", "dmi_stream", "dmi_zero"
+"""The third: tensors of the group before. The fourth: the two that it is the sum of, and that. The last: a zero that no compiler knows to be one."""
 
 AT_ONCE, COPIED, REMADE, KEPT = "at once", "copied", "remade", "kept"
 ADDED = ("hook_attn_out", "hook_mlp_out")
@@ -73,7 +77,8 @@ class Arrangement:
     """What of a plan is taken where, in the order of a forward, and where groups end."""
 
     def __init__(self, model: nn.Module, plan: Plan, tokens: int, *, most: int = WAITING_BYTES, careful: bool = False) -> None:
-        """`tokens`: of a step, at most; `most`: bytes that may wait in it. `careful`: compilers may have norms that write over what a sum is made of, unseen by those that decide when it is made."""
+        """`tokens`: of a step, at most; `most`: bytes that may wait and be held in it. `careful`: compilers may have norms that write over what a sum is made of, unseen by those that decide when
+        it is made."""
         self.careful = careful
         self.places: list[Place] = []
         self._names = [f"{site.name} {_how(site)}" for site in plan.sites]
@@ -84,7 +89,7 @@ class Arrangement:
         for place in found.values():
             wait = [plan.sites[index] for index, _, how in place.taps if how != AT_ONCE]
             size = sum(site.bytes_per_token or 0 for site in wait)
-            if waiting and wait and (waiting + len(wait) > LAUNCH_TENSORS or (held + size) * tokens > most):
+            if waiting and wait and (waiting + len(wait) > LAUNCH_TENSORS or (held + size) * tokens > most // 2):
                 place.begins, waiting, held = True, 0, 0
             waiting, held = waiting + len(wait), held + size
             place.given = place.side == "in" and any(site.tap.which == RESIDUAL and not site.name.endswith("hook_resid_pre") for site in wait)
@@ -105,7 +110,7 @@ class Arrangement:
 
     def words(self) -> list[str]:
         """All that compiled code depends on."""
-        return [*(["careful"] if self.careful else []), *self._names, *(f"{place.path} {place.side}" for place in self.places if place.begins)]
+        return ["held", *(["careful"] if self.careful else []), *self._names, *(f"{place.path} {place.side}" for place in self.places if place.begins)]
 
 
 class _Hook:
@@ -132,7 +137,7 @@ class _Hook:
                     continue
                 tensor, keep = found, how not in (COPIED, REMADE)
                 if how == REMADE and not self.careful:
-                    tensor, keep = _remade(module, tensor), True
+                    tensor, site, keep = _remade(module, tensor), site + AS[tensor.dtype], True
                 elif not keep and self.together and tap.which is None:
                     if copied is None:
                         copied = torch.ops.dmi.copy(module.dmi_ring, tensor)
@@ -148,22 +153,25 @@ class _Hook:
         if len(now) > 0:
             torch.ops.dmi.capture(module.dmi_ring, [tensor for tensor, _ in now], [site for _, site in now])
         if self.ends:
-            _capture(module)
+            _capture(module, last=True)
             module.dmi_stream.clear()
 
 
 def _remade(module: Any, tensor: Tensor) -> Tensor:
-    """The same bits, as an ordinary result that the compiler makes together with what else reads the tensor: a copy is a kernel of its own."""
-    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    same: Tensor = (tensor.view(bits) | module.dmi_zero).view(tensor.dtype)
+    """The same bits, as integers, an ordinary result that the compiler makes together with what else reads the tensor: a copy is a kernel of its own."""
+    same: Tensor = tensor.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]) | module.dmi_zero
     return same
 
 
-def _capture(module: Any) -> None:
-    """What waits."""
-    waiting = module.dmi_waiting
-    if len(waiting) > 0:
-        torch.ops.dmi.capture(module.dmi_ring, [tensor for tensor, _ in waiting], [site for _, site in waiting])
+def _capture(module: Any, *, last: bool = False) -> None:
+    """What waits, which is held from here on."""
+    waiting, held = module.dmi_waiting, module.dmi_held
+    if len(waiting) > 0 or (last and len(held) > 0):
+        tensors = [tensor for tensor, _ in waiting]
+        torch.ops.dmi.capture(module.dmi_ring, [*tensors, *held], [site for _, site in waiting], len(held), not last)
+        held.clear()
+        if not last:
+            held.extend(tensors)
         waiting.clear()
 
 
@@ -198,24 +206,42 @@ class _After(_Hook):
 class Hooks:
     """Hooks of an arrangement that are in place."""
 
-    def __init__(self, model: nn.Module, arrangement: Arrangement, ring: Tensor, numbers: Sequence[int]) -> None:
+    def __init__(self, model: nn.Module, arrangement: Arrangement, ring: Tensor, numbers: Sequence[int], branch: Callable[[bool], None] = lambda may: None) -> None:
+        """`branch`: the ring's, which says whether what is recorded may have branches."""
         self._handles: list[Any] = []
         self._waiting: list[tuple[Tensor, int]] = []
+        self._held: list[Tensor] = []
         self._stream: list[Any] = []
+        self._branch, self._branching = branch, False
         with torch.inference_mode(False):
             zero = torch.zeros((), dtype=torch.int8, device=ring.device)
         for place in arrangement.places:
             module = model.get_submodule(place.path)
-            for name, value in ((RING, ring), (WAITING, self._waiting), (STREAM, self._stream), (ZERO, zero)):
+            for name, value in ((RING, ring), (WAITING, self._waiting), (HELD, self._held), (STREAM, self._stream), (ZERO, zero)):
                 object.__setattr__(module, name, value)
             if place.side == "in":
                 self._handles.append(module.register_forward_pre_hook(_Before(place, numbers, arrangement.careful), with_kwargs=True))
             else:
                 self._handles.append(module.register_forward_hook(_After(place, numbers, arrangement.careful), with_kwargs=True))
+        if ring.device.type == "cuda":
+            self._handles.append(model.register_forward_pre_hook(self._begins))
+            self._handles.append(model.register_forward_hook(self._is_over, always_call=True))
+
+    def _begins(self, *_: Any) -> None:
+        """The whole model: where it is recorded, so are all groups, and the last of them."""
+        if not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+            self._branching = True
+            self._branch(True)
+
+    def _is_over(self, *_: Any) -> None:
+        if self._branching:
+            self._branching = False
+            self._branch(False)
 
     def clear(self) -> None:
         """Begin anew: forget what a forward that was aborted left behind."""
         self._waiting.clear()
+        self._held.clear()
         self._stream.clear()
 
     def remove(self) -> None:

@@ -31,7 +31,7 @@ class Observer:
         self._batches = Batches(requests, runner.max_model_len)
         self._step = 0
         self._opened = False
-        self._hooks = Hooks(model, arrangement, ring.tensor, numbers)
+        self._hooks = Hooks(model, arrangement, ring.tensor, numbers, ring.branch)
         self._later = ring.tensor.device.type == "cuda"
         """The model's thread does not wait for the forward: what the engine is told of requests can go out behind its launch, where it holds up no first token."""
 
