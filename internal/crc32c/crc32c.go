@@ -7,6 +7,7 @@ import "hash/crc32"
 const (
 	step  = 3 * 1344 // bytes that hash/crc32 takes at once
 	ahead = 1344     // bytes between what is computed and what is fetched meanwhile
+	short = 512
 )
 
 var table = crc32.MakeTable(crc32.Castagnoli)
@@ -24,9 +25,10 @@ func Update(crc uint32, data []byte) uint32 {
 	return crc32.Update(crc, table, data)
 }
 
-// Expect says that data's checksum is asked for next: its beginning is fetched while something else is computed.
+// Expect says that data's checksum is asked for next: its beginning is fetched while something else is computed. Not of what is short: rows of figures lie one behind another, which a
+// processor follows by itself.
 func Expect(data []byte) {
-	if len(data) > 0 {
+	if len(data) >= short {
 		prefetch(&data[0], min(len(data), ahead+step))
 	}
 }
