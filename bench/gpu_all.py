@@ -56,7 +56,7 @@ MODES = {"eager": "eager-eager or eager-sdpa", "graph": "graph-eager or graph-sd
 PARTS = [
     Part("memory", 120, tests("gpu/test_memory.py"), ON_CUDA),  # it reads how much the whole GPU has left
     Part("native", 240, "cuda/build.py --gpu-test", alone=False),
-    beside("ring", 240, "gpu/test_ring.py", "gpu/test_flush.py"),
+    beside("ring", 240, "gpu/test_ring.py", "gpu/test_flush.py", "gpu/test_branches.py"),
     beside("levels-policy", 300, "test_levels.py", "test_selection.py", "test_policy_changes.py", "test_keep.py", "test_triggers.py"),
     *(beside(f"matrix-{mode}", 540, "gpu/test_matrix.py", only=only) for mode, only in MODES.items()),
     beside("compile", 420, "test_compile.py", "test_inductor.py", "test_lifetimes.py"),

@@ -219,7 +219,7 @@ class Observed:
             module = self.model.get_submodule(site.tap.path)
             place = module.register_forward_pre_hook if site.tap.side == "in" else module.register_forward_hook
             handles.append(place(keep(site), with_kwargs=True))
-        hidden = self.model.model(ids, torch.arange(len(ids)))
+        hidden = self.model.model(ids, torch.arange(len(ids), device=ids.device))
         self.model.logits_processor(self.model.lm_head, hidden)
         for handle in handles:
             handle.remove()
