@@ -132,7 +132,8 @@ dmi_tensor describe(const TensorArgument& tensor, int64_t site) {
   out.size = size;
   out.stride = stride;
   out.dtype = dtypes[dtype];
-  if (as != 0) out.dtype = as < UINT8_MAX && dmi::dtype_bytes(uint32_t(as)) == dmi::dtype_bytes(out.dtype) ? uint8_t(as) : uint8_t{DMI_DTYPE_NONE};
+  if (as != 0)
+    out.dtype = as < UINT8_MAX && dmi::dtype_bytes(uint32_t(as)) == dmi::dtype_bytes(out.dtype) ? uint8_t(as) : uint8_t{DMI_DTYPE_NONE};
   out.ndim = uint8_t(ndim <= UINT8_MAX ? ndim : UINT8_MAX);
   return out;
 }
@@ -208,9 +209,7 @@ void copy(StableIValue* stack, uint64_t arguments, uint64_t) {
 }  // namespace
 
 // capture is defined in native.py, where it can have a tag.
-STABLE_TORCH_LIBRARY_FRAGMENT(dmi, library) {
-  library.def("copy(Tensor(a!) ring, Tensor tensor) -> Tensor");
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(dmi, library) { library.def("copy(Tensor(a!) ring, Tensor tensor) -> Tensor"); }
 
 STABLE_TORCH_LIBRARY_IMPL(dmi, CompositeExplicitAutograd, library) {
   library.impl("capture", capture);
