@@ -96,6 +96,24 @@ def test_layouts() -> None:
     ring.close()
 
 
+def test_bits_of_another_dtype(ring: native.Ring) -> None:
+    """A tensor of integers whose site says what its bits are; of other sizes it is a mismatch. What is held behind those that have sites is not captured."""
+    consumer = Consumer(ring)
+    site = ring.add_site("x", layer=None, space=TOKENS, roles=[ROW, INNER])
+    x = torch.randn(3, 5, dtype=torch.bfloat16)
+    spans: list[native.Span] = [(0, TOKENS, 0, 0, 3, 0, 0, 0, 0)]
+    assert ring.open_step(0, spans, width=(3, 0, 0))
+    torch.ops.dmi.capture(ring.tensor, [x.view(torch.int16), x + 1], [site + native.AS[torch.bfloat16]], 1, True)
+    ring.close_step(0)
+    (record,) = captures(consumer.drain())
+    assert record.raw.dtype == _abi.DType.BF16 and same(rows_of(record, spans, TOKENS, 3), x)
+    assert ring.open_step(1, spans, width=(3, 0, 0))
+    torch.ops.dmi.capture(ring.tensor, [x.view(torch.int16)], [site + native.AS[torch.float32]])
+    ring.close_step(1)
+    (record,) = captures(consumer.drain())
+    assert (record.raw.outcome, record.raw.reason) == (Outcome.DROPPED, _abi.Reason.MISMATCH)
+
+
 def test_permuted_tensor_is_one_copy(ring: native.Ring) -> None:
     x = torch.randn(2, 6, 4, 8).permute(0, 2, 1, 3)  # [batch, tokens, heads, d] that lies as [batch, heads, tokens, d]
     roles, spans = [ROW, ROW, INNER, INNER], batch_spans([(0, 4), (0, 4)])

@@ -244,6 +244,8 @@ def test_misuse_is_told() -> None:
         ring.open_step(0, b"123", width=(4, 0, 0))
     with pytest.raises(RuntimeError, match="2 tensors, but 1 sites"):
         torch.ops.dmi.capture(ring.tensor, [torch.zeros(1)] * 2, [0])
+    with pytest.raises(RuntimeError, match="2 tensors, but 2 sites and 1 that are held"):
+        torch.ops.dmi.capture(ring.tensor, [torch.zeros(1)] * 2, [0, 0], 1)
     with pytest.raises(RuntimeError, match="the ring's own tensor"):
         torch.ops.dmi.capture(torch.zeros(1), [torch.zeros(1)], [0])
     ring.close()
