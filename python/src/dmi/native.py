@@ -1,7 +1,8 @@
 """libdmi from Python: the capture op, and the ring that it writes.
 
 The op is ``torch.ops.dmi.capture(ring.tensor, tensors, sites)``: it copies a group of tensors, each to its site, into the step that the
-calling thread has open on that ring. A site plus ``AS[dtype]``: the tensor's bits are of that dtype, whatever its own. Outside an open step, on a closed ring, and in a forked child it does nothing. ``torch.ops.dmi.copy(ring.tensor,
+calling thread has open on that ring. A site plus ``AS[dtype]``: the tensor's bits are of that dtype, whatever its own. With
+``held`` and ``beside``: the last ``held`` tensors have no site, and are there to live until this call; those of a call that is ``beside`` are to be held by the next. Outside an open step, on a closed ring, and in a forked child it does nothing. ``torch.ops.dmi.copy(ring.tensor,
 tensor)`` is a clone that compilers leave where it is.
 """
 
@@ -83,7 +84,10 @@ class _Gauges(ctypes.Structure):
 
 KEEPING = " keeping the GIL"
 
+# Of any strides: else Inductor gives the op clones of what it would lay out otherwise, another one in each call, so that what one call is given the next does not hold.
 _definitions = torch.library.Library("dmi", "FRAGMENT")
+_definitions.define("capture(Tensor(a!) ring, Tensor[] tensors, SymInt[] sites, int held=0, bool beside=False) -> ()", tags=(torch.Tag.flexible_layout,))
+
 _loading = threading.Lock()
 _library: ctypes.CDLL | None = None
 
@@ -102,8 +106,6 @@ def _load() -> ctypes.CDLL:
         raise NativeError(
             f"load libdmi: {LIBRARY} does not exist; build it with `python cuda/build.py` in a checkout, or install a dmi wheel"
         )
-    # Of any strides: else Inductor gives the op clones of what it would lay out otherwise, another one in each call, so that what one call is given the next does not hold.
-    _definitions.define("capture(Tensor(a!) ring, Tensor[] tensors, SymInt[] sites, int held=0, bool beside=False) -> ()", tags=(torch.Tag.flexible_layout,))
     try:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
