@@ -55,7 +55,7 @@ def _how(site: SiteSpec) -> str:
         return AT_ONCE
     if site.grouped:
         return KEPT
-    return REMADE if site.name.endswith(ADDED) else COPIED
+    return REMADE if site.name.endswith(ADDED) and site.tap.transform is None else COPIED  # remade bits are no numbers to compute with
 
 
 @dataclass
