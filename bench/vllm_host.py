@@ -5,7 +5,8 @@
 
 Of an observer as the plugin has it, on a ring of the CPU that somebody empties, told through a socket that another process reads: microseconds a step, the median, of requests that
 all decode a token a step, with the text kept of them or not; of such steps where one request is over and another begins each time, and where all do. What is done ahead of the forward
-is what a first token waits for, and is said apart.
+is what a first token waits for, and is said apart. Then what opening and closing a step take on the average beside another thread that runs Python a third of the time, as vLLM's process
+has them: where they keep Python's global lock, as the plugin has it, and where they give it up.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -94,12 +96,53 @@ def measure(batch: int, steps: int, text: str, changing: int, send: Callable[...
     return {part: statistics.median(values[steps // 8 :]) for part, values in took.items()}
 
 
+@contextlib.contextmanager
+def busy() -> Iterator[None]:
+    """Another thread that runs Python for half a millisecond, and waits for one."""
+    over = threading.Event()
+
+    def run() -> None:
+        while not over.wait(0.001):
+            until = time.perf_counter() + 0.0005
+            while time.perf_counter() < until:
+                pass
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def beside(steps: int, keep_gil: bool) -> list[float]:
+    """Microseconds that opening and closing take, of steps whose rest is Python too."""
+    ring = native.Ring(mode="best-effort", keep_gil=keep_gil)
+    ring.add_site("site", layer=None, space=0, roles=(1, 2))
+    engine, took = RingReader(ring), []
+    with busy():
+        for step in range(steps):
+            before = time.perf_counter()
+            ring.open_step(step, b"", width=(0, 0, 0), packed=True)
+            ring.close_step(step)
+            after = time.perf_counter()
+            took.append(1e6 * (after - before))
+            while time.perf_counter() < after + 0.0006:
+                pass
+            if step % 8 == 0:
+                engine.drain()
+    ring.close()
+    return took
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--save", type=Path)
     given = parser.parse_args()
-    rows, raw = [], {}
+    rows: list[dict[str, Any]] = []
+    raw: dict[str, Any] = {}
     for name, text, changing in (("all decode", "none", 0), ("all decode, tokens are kept", "ids", 0), ("one ends and one begins", "none", 1), ("all end and as many begin", "none", -1)):
         for batch in (1, 32, 256):
             if changing < 0 and batch == 1:
@@ -109,6 +152,13 @@ def main() -> None:
             ahead = sum(parts[part] for part in AHEAD)
             rows += [result.row(f"{name}, batch {batch}", sum(parts.values()), "us a step"), result.row(f"{name}, batch {batch}: ahead of the forward", ahead, "us a step")]
             print(f"{name}, batch {batch}: {sum(parts.values()):.0f} us a step, {ahead:.0f} ahead of the forward: {', '.join(f'{part} {value:.0f}' for part, value in parts.items())}", flush=True)
+    means: dict[bool, list[float]] = {True: [], False: []}
+    for turn in range(6):
+        means[turn % 2 == 0].append(statistics.mean(beside(2 * given.steps, turn % 2 == 0)))
+    kept, given_up = statistics.median(means[True]), statistics.median(means[False])
+    raw["beside a busy thread, means of turns"] = {"kept": means[True], "given up": means[False]}
+    rows.append(result.row("opening and closing beside a busy thread, the global lock kept, mean", kept, "us a step", baseline=given_up))
+    print(f"opening and closing beside a busy thread: {kept:.0f} us a step on the average, {given_up:.0f} where the global lock is given up", flush=True)
     if given.save:
         print("written to", result.write("vllm_host", rows, folder=given.save, raw=raw))
 
