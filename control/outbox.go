@@ -78,6 +78,9 @@ func (o *outbox) replace(m any) bool {
 	}
 	o.mu.Lock() // two at once would find no room
 	defer o.mu.Unlock()
+	if o.closed {
+		return false
+	}
 	select {
 	case <-o.stands:
 	default:

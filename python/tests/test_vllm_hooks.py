@@ -324,6 +324,20 @@ def test_what_is_held_is_what_it_was(how: str) -> None:
         observed.close()
 
 
+def test_calls_of_a_large_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of decision 0010, of Qwen3-4B's shape: by the tokens of a step, with 512 MiB for what waits and with an H200's share."""
+    for name, value in {"D": 2560, "HEADS": 32, "D_HEAD": 128, "D_MLP": 9728, "WORDS": 151_936, "LAYERS": 36}.items():
+        monkeypatch.setitem(globals(), name, value)
+    with torch.device("meta"):
+        model = Model().to(torch.bfloat16)
+    model.config.num_key_value_heads = 8
+    few, all_sites = (plan(model, hooks) for hooks in (["blocks.*.hook_resid_post", "ln_final.hook_out", "logits"], ["**"]))
+    calls = [[Arrangement(model, which, tokens, most=most).calls for most in (WAITING_BYTES, (140 << 30) // placed.WAITING_SHARE) for tokens in (2048, 8192, 16384)]
+             for which in (few, all_sites)]  # fmt: skip
+    assert (len(few.sites), len(all_sites.sites)) == (38, 726)
+    assert calls == [[3, 8, 14, 2, 2, 3], [45, 182, 327, 7, 20, 41]]
+
+
 def test_one_call_for_a_residual_stream() -> None:
     observed = Observed(["blocks.*.hook_resid_post", "ln_final.hook_out", "logits"])
     observed.check(words(4))

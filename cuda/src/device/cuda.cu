@@ -208,7 +208,7 @@ class Cuda final : public Device {
   }
   Meeting* meeting(bool keep);
   void follow(cudaStream_t stream);
-  void come_back(cudaStream_t stream);
+  void come_back();
   void let_catch_up() const;
   void release();
 
@@ -450,7 +450,7 @@ void Cuda::branch(bool may, void* on) {
   const auto stream = static_cast<cudaStream_t>(on);
   if (!may && stream == trunk_ && recording(on)) {
     Scope scope(ordinal_);
-    come_back(stream);
+    come_back();
   }
   away_ = false;  // of a recording that was given up
   may_branch_ = may;
@@ -458,10 +458,10 @@ void Cuda::branch(bool may, void* on) {
 }
 
 // What follows on the recording's stream waits for the branch.
-void Cuda::come_back(cudaStream_t stream) {
+void Cuda::come_back() {
   if (!away_) return;
   away_ = false;
-  check(cudaStreamWaitEvent(stream, back_, 0), "capture: join a branch");
+  check(cudaStreamWaitEvent(trunk_, back_, 0), "capture: join a branch");
 }
 
 void Cuda::capture(const dmi_tensor* tensors, uint32_t count, const dmi_site* sites, uint32_t site_count, bool beside, void* on) {
@@ -469,9 +469,9 @@ void Cuda::capture(const dmi_tensor* tensors, uint32_t count, const dmi_site* si
   const bool keep = recording(on);
   Scope scope(ordinal_);
   auto stream = static_cast<cudaStream_t>(on);
-  const bool trunk = keep && may_branch_ && stream == trunk_;
-  if (trunk) come_back(stream);
-  const bool leaves = trunk && beside && count != 0;
+  // Also where the recording has this call on another of its streams: what was held is not held from here on.
+  if (keep) come_back();
+  const bool leaves = keep && may_branch_ && stream == trunk_ && beside && count != 0;
   if (leaves) {
     check(cudaEventRecord(left_, stream), "capture: begin a branch");
     check(cudaStreamWaitEvent(branch_, left_, 0), "capture: begin a branch");

@@ -135,8 +135,8 @@ struct Grant {
 
 // Where the blocks of one launch meet. Zero between launches, but for what only counts once `ready` says that it does.
 struct Meeting {
-  uint32_t arrived, done;
-  uint64_t ready;  // 0: nothing is reserved yet; else the grant in a word, or that it is here
+  uint32_t arrived, done;  // blocks: `arrived` wraps to 0 by itself, the last block clears the others
+  uint64_t ready;          // 0: nothing is reserved yet; else the grant in a word, or that it is here
   Grant grant;
   uint32_t more;     // whether tensors may have more records than were set aside for their sites
   uint32_t corner;   // bytes before grant.spilled that were skipped: the end of the region, which no range crosses

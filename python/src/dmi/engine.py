@@ -202,8 +202,11 @@ def _starting(folder: Path) -> Iterator[None]:
 def await_owner(store: Path) -> None:
     """Return when the engine that has a store answers, or nobody has it; after START_PATIENCE_S at the latest."""
     deadline = time.monotonic() + START_PATIENCE_S
-    while live(store) is None and _held(store) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    if live(store) is not None or not _held(store):
+        return
+    with progress(f"waiting for whoever has {store} to answer, {START_PATIENCE_S:.0f} s at most"):
+        while live(store) is None and _held(store) and time.monotonic() < deadline:
+            time.sleep(0.02)
 
 
 def _held(folder: Path) -> bool:

@@ -33,7 +33,7 @@ from dmi.vllm.sites import RESIDUAL, last_norm, residual, taken
 WAITING_BYTES = 512 << 20
 """Of what waits, in a step of as many tokens as the scheduler gives. vLLM's profiling run, which is such a step, counts it."""
 WAITING_SHARE = 32
-"""One part in so many of a GPU's memory may wait, if that is more."""
+"""One part in so many of a GPU's memory may wait and be held, if that is more."""
 
 RING, WAITING, HELD, STREAM, ZERO = "dmi_ring", "dmi_waiting", "dmi_held", "dmi_stream", "dmi_zero"
 """The third: tensors of the group before. The fourth: the two that it is the sum of, and that. The last: a zero that no compiler knows to be one."""
@@ -109,7 +109,7 @@ class Arrangement:
         return alone + sum(place.begins + place.ends for place in self.places)
 
     def words(self) -> list[str]:
-        """All that compiled code depends on."""
+        """All that compiled code depends on. The first: how the op is called."""
         return ["held", *(["careful"] if self.careful else []), *self._names, *(f"{place.path} {place.side}" for place in self.places if place.begins)]
 
 
